@@ -1,0 +1,68 @@
+"""Target Policy Optimization (Kaddour, arXiv 2604.06159) in PyTorch. Needs nothing but torch: copy this file.
+
+Groups lie on the last axis: K candidates y_i ~ pi_old(.|x) with scores s_i. Any leading axes; losses are means over groups.
+    u = (s - mean(s)) / sigma(s)                    population sigma; u = 0 where the scores are equal
+    p_i = softmax_i(l),  l_i = log pi(y_i|x)                                                        (Eq. 1)
+    q_i = p_i^old exp(u_i / eta) / Z                the target, without gradient                    (Eq. 2)
+    L = -sum_i q_i log p_i,  dL/dl_i = p_i - q_i    vanishes once the policy matches the target     (Eq. 3)
+All arguments are (..., K), mask is bool with True = a real candidate, and the shapes must be equal (else ValueError).
+Computed in fp32 (fp64 stays fp64). A non-finite score makes its whole group NaN: checking would make a GPU wait.
+
+Sequences: pass l = the fp32 sum of the completion's token log-probs, end token included, prompt and padding not. Over
+hundreds of tokens the l_i of a group differ by tens of nats while |u| <= sqrt(K - 1), so p_old is one-hot, q = p_old, and
+nothing is learnt. `anchor` = alpha < 1 (ours) uses the logits z = l - (1 - alpha) l_old, hence q ~ exp(alpha l_old + u / eta):
+the same fixed point l = l_old + u / eta + const, reached another way. 1 is the paper, 0 anchors on the uniform distribution.
+"""
+import torch
+
+
+def standardize(scores, mask=None):
+    """u (..., K): z-scores within each group by its population sigma; differences below 1e-6 max|s| are float noise: u = 0."""
+    s, mask = _prepare(scores, mask)
+    count = mask.sum(-1, keepdim=True).clamp(min=1)
+    s = s.masked_fill(~mask, 0)
+    s = s / s.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)  # 1e30 must not overflow when squared
+    c = (s - s.sum(-1, keepdim=True) / count).masked_fill(~mask, 0)
+    sigma = (c.square().sum(-1, keepdim=True) / count).sqrt()
+    return torch.where(c.abs().amax(-1, keepdim=True) <= 1e-6, 0, c / sigma)
+
+
+def tpo_target(logp_old, scores, eta=1.0, anchor=1.0, mask=None):
+    """Target q (..., K), Eq. 2. Compute it once per rollout batch: it stays fixed over all gradient epochs."""
+    _, mask, logp_old = _prepare(scores, mask, logp_old)
+    z = anchor * logp_old.detach() + standardize(scores, mask) / eta
+    return _log_softmax(z, mask).exp().masked_fill(~mask, 0)
+
+
+def tpo_loss(logp, logp_old, scores, eta=1.0, anchor=1.0, mask=None):
+    """Cross-entropy to the target, Eq. 3, mean over groups: a scalar whose floor is q's entropy, so watch KL(q || p)."""
+    q = tpo_target(logp_old, scores, eta, anchor, mask)
+    _, mask, logp, logp_old = _prepare(scores, mask, logp, logp_old)
+    return -(q * _log_softmax(logp - (1 - anchor) * logp_old.detach(), mask)).sum(-1).mean()
+
+
+@torch.no_grad()
+def tpo_weights(logp, logp_old, scores, eta=1.0, anchor=1.0, mask=None):
+    """w (..., K) = (p - q) / number of groups, detached: (w * logp).sum() has the gradient of tpo_loss.
+
+    So a group may be split over micro-batches, -w serves as a per-sample advantage, and rows with w = 0 need no backward.
+    """
+    q = tpo_target(logp_old, scores, eta, anchor, mask)
+    _, mask, logp, logp_old = _prepare(scores, mask, logp, logp_old)
+    p = _log_softmax(logp - (1 - anchor) * logp_old, mask).exp().masked_fill(~mask, 0)
+    return (p - q) / p[..., 0].numel()
+
+
+def _log_softmax(z, mask):
+    """Over the real candidates. The fill is finite because 0 * -inf would make the loss NaN."""
+    return z.masked_fill(~mask, torch.finfo(z.dtype).min).log_softmax(-1)
+
+
+def _prepare(scores, mask, *logps):
+    """Equal shapes, at least fp32, and -inf log-probs raised to -1e9, since (1 - alpha) * -inf is NaN at alpha = 1."""
+    mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    for x in (mask, *logps):
+        if x.shape != scores.shape:
+            raise ValueError(f"scores {tuple(scores.shape)} and {tuple(x.shape)} differ: all arguments are (..., K)")
+    scores, *logps = (x if x.dtype == torch.float64 else x.float() for x in (scores.detach(), *logps))
+    return scores, mask, *(x.clamp(min=-1e9) for x in logps)
