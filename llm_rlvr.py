@@ -1,0 +1,675 @@
+"""RL with verifiable rewards on a small GPT by Target Policy Optimization (Kaddour, arXiv 2604.06159).
+
+    python llm_rlvr.py --algo tpo                                 TIMING
+    python llm_rlvr.py --algo tpo,grpo,dg                         each from the same warm start, then one table
+    python llm_rlvr.py --algo tpo,tpo:anchor=0.25,grpo:lr=1e-3    settings of one run behind its name
+    python llm_rlvr.py --task graph_color                         another task; --help lists every flag
+    python llm_rlvr.py --algo tpo --resume                        go on after Ctrl-C or a crash
+
+The last line to expect from the first command: EXPECT
+Logs and the checkpoint go to out/<task>-<algo>-<seed>/. The algorithm is `train_step`; the rest is what it needs.
+"""
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import sys
+import tempfile
+import time
+import zlib
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from baselines import (dg_loss, group_pg_loss, grpo_loss, grpo_masked_loss, pg_loss, ppo_loss, tpo_no_anchor_loss)
+from tpo import standardize, tpo_loss, tpo_target
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+def flag(default, help):
+    """A field that becomes a command-line flag of the same name, type and default."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    algo: str = flag("tpo", "tpo, tpo_no_anchor, group_pg, grpo, grpo_no_kl, grpo_masked, pg, ppo, dg, or a comma list; "
+                            "NAME:FLAG=VALUE:... sets flags for that run alone")
+    task: str = flag("knights_knaves", "knights_knaves, graph_color or addition")
+    steps: int = flag(1000, "RL updates, one rollout batch each")
+    prompts: int = flag(32, "prompts per update, B")
+    candidates: int = flag(16, "completions per prompt, K")
+    epochs: int = flag(1, "gradient steps per rollout batch")
+    lr: float = flag(1e-3, "AdamW learning rate: rises over 30 updates, then falls linearly to 0")
+    eta: float = flag(1.0, "temperature of the target (tpo, tpo_no_anchor) or of the gate (dg)")
+    anchor: float = flag(1.0, "alpha in q ~ p_old^alpha exp(u / eta): 1 is the paper, 0 the uniform anchor")
+    seed: int = flag(0, "of the weights, the training prompts and the sampling")
+    eval_every: int = flag(50, "updates between evaluations; a checkpoint precedes each")
+    eval_set: str = flag("heldout", "which 256 fixed puzzles to evaluate on: heldout, or test for final numbers")
+    max_new_tokens: int = flag(4, "longest completion, its end token included, T")
+    warm_steps: int = flag(150, "supervised steps on random answers of the right form")
+    layers: int = flag(2, "transformer blocks")
+    width: int = flag(128, "embedding width, a multiple of 2 x heads")
+    heads: int = flag(4, "query heads")
+    kv_heads: int = flag(2, "key/value heads, a divisor of heads")
+    out: str = flag("out/{task}-{algo}-{seed}", "folder of log.jsonl and checkpoint.pt")
+    resume: bool = flag(False, "continue from the checkpoint in --out")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
+    compile: bool = flag(False, "torch.compile the training pass")
+    plot: bool = flag(False, "draw pass@1 into --out (needs matplotlib)")
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+# A task has defaults (its own defaults for flags) and
+#   prompt(rng) -> (text, key)       a fresh puzzle; key is whatever check needs
+#   check(key, answer) -> score      1.0 is right; values in [0, 1) give partial credit
+#   guess(rng, key) -> answer        an answer of the right form drawn without looking at the solution, for the warm start
+class KnightsKnaves:
+    """Knights tell the truth, knaves lie; who is what? Every puzzle has exactly one solution."""
+    people, kinds = "ABC", ("knight", "knave")
+    claims = {                                       # truth of a claim about persons x, y in world w
+        "{x} is a {kind}": lambda w, x, y, kind: w[x] == kind,
+        "{x} and {y} are {kind}s": lambda w, x, y, kind: w[x] == w[y] == kind,
+        "{x} or {y} is a {kind}": lambda w, x, y, kind: kind in (w[x], w[y]),
+    }
+    defaults = {}
+
+    def prompt(self, rng):
+        worlds = [dict(zip(self.people, w)) for w in itertools.product(self.kinds, repeat=len(self.people))]
+        while True:
+            said = {p: (rng.choice(list(self.claims)), *rng.sample(self.people, 2), rng.choice(self.kinds))
+                    for p in self.people}
+            fits = [w for w in worlds if all((w[p] == "knight") == self.claims[form](w, *about)
+                                             for p, (form, *about) in said.items())]
+            if len(fits) == 1:
+                text = " ".join(f"{p} says {form.format(x=x, y=y, kind=kind)}." for p, (form, x, y, kind) in said.items())
+                return text + " Who?", list(fits[0].values())
+
+    def check(self, key, answer):
+        return float(answer.split() == key)
+
+    def guess(self, rng, key):
+        return "".join(" " + rng.choice(self.kinds) for _ in self.people)
+
+
+class GraphColor:
+    """Give six nodes three colors so that no edge joins equal colors; any proper coloring is right."""
+    edges, colors = ["-".join(e) for e in itertools.combinations("ABCDEF", 2)], ("red", "green", "blue")
+    defaults = {"max_new_tokens": 7}
+
+    def prompt(self, rng):
+        while True:
+            edges = rng.sample(self.edges, rng.randint(4, 9))
+            if any(self.proper(edges, c) for c in itertools.product(self.colors, repeat=6)):
+                return "Color" + "".join(" " + e for e in edges) + ":", edges
+
+    @staticmethod
+    def proper(edges, colors):
+        color = dict(zip("ABCDEF", colors))
+        return all(color[e[0]] != color[e[2]] for e in edges)
+
+    def check(self, key, answer):
+        colors = answer.split()
+        return float(len(colors) == 6 and set(colors) <= set(self.colors) and self.proper(key, colors))
+
+    def guess(self, rng, key):
+        return "".join(" " + rng.choice(self.colors) for _ in range(6))
+
+
+class Addition:
+    """a + b of one or two digits each."""
+    defaults = {}
+
+    def prompt(self, rng):
+        a, b = (rng.randrange(10 ** rng.randint(1, 2)) for _ in range(2))
+        return f"{a}+{b}=", str(a + b)
+
+    def check(self, key, answer):
+        return float(answer == key)
+
+    def guess(self, rng, key):
+        return str(rng.randrange(10 ** rng.randint(1, 3)))
+
+
+PIECE = r" ?[A-Za-z-]+|[\s\S]"          # one token: a word with the space before it, or any other single character
+TASKS = {"knights_knaves": KnightsKnaves(), "graph_color": GraphColor(), "addition": Addition()}
+
+
+def puzzles(task, rng, n, split):
+    """n (text, key) pairs. A hash of the text decides the split: heldout and test get a tenth each, so none is trained on."""
+    found = []
+    while len(found) < n:
+        text, key = task.prompt(rng)
+        if {0: "heldout", 1: "test"}.get(zlib.crc32(text.encode()) % 10, "train") == split:
+            found.append((text, key))
+    return found
+
+
+def make_encoding(task):
+    """A vocabulary of the pieces that occur in the task's texts, found by drawing 2,000 puzzles, and the end token, last."""
+    rng, pieces = random.Random(0), set()
+    for text, key in (task.prompt(rng) for _ in range(2000)):
+        pieces.update(re.findall(PIECE, text + task.guess(rng, key)))
+    return tiktoken.Encoding("task", pat_str=PIECE, mergeable_ranks={p.encode(): i for i, p in enumerate(sorted(pieces))},
+                             special_tokens={"<|end|>": len(pieces)})
+
+
+def encode_prompts(enc, texts, device):
+    """Left-padded prompts, so that every completion starts at the same column: tokens (B, P) and valid (B, P)."""
+    rows = [enc.encode_ordinary(text) for text in texts]
+    P = max(map(len, rows))
+    tokens = torch.tensor([[0] * (P - len(r)) + r for r in rows])
+    valid = torch.tensor([[False] * (P - len(r)) + [True] * len(r) for r in rows])
+    return tokens.to(device), valid.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int                    # of the MLP
+    qkv_bias: bool = False         # Qwen2
+    qk_norm: bool = True           # Qwen3
+    tied: bool = False             # the head is the token embedding
+    theta: float = 10_000.0        # of the rotary positions
+    eps: float = 1e-6              # of the RMSNorms
+
+
+class GPT(nn.Module):
+    """Decoder with RMSNorm, rotary positions, SwiGLU and grouped-query attention; parameter names as in HF Llama / Qwen."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(c.vocab, c.width),
+                                    "layers": nn.ModuleList(Block(c) for _ in range(c.layers)),
+                                    "norm": nn.RMSNorm(c.width, c.eps)})
+        self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
+        for name, p in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):     # what each block adds to the residual stream
+                nn.init.normal_(p, std=(2 * c.layers * p.shape[1]) ** -0.5)
+            elif p.ndim == 2:
+                nn.init.normal_(p, std=1.0 if "embed_tokens" in name and not c.tied else p.shape[1] ** -0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        if c.tied:
+            self.lm_head.weight = self.model["embed_tokens"].weight
+
+    def forward(self, tokens, pos, mask, cache=None, start=0):
+        """Final hidden states (B, S, width) of tokens (B, S) at rotary positions pos (B, S).
+
+        mask (B, 1, S, keys) is True where a query sees a key. cache: one (2, B, kv_heads, slots, head_dim) tensor per
+        layer; the new keys and values go to slots start ... start + S - 1, and keys are slots 0 ... start + S - 1.
+        """
+        c = self.config
+        frequency = c.theta ** -(torch.arange(0, c.head_dim, 2, device=tokens.device) / c.head_dim)
+        angle = (pos[..., None] * frequency).repeat(1, 1, 2)[:, :, None]                                   # (B, S, 1, D)
+        rope, x = (angle.cos(), angle.sin()), self.model["embed_tokens"](tokens)
+        for i, block in enumerate(self.model["layers"]):
+            x = block(x, rope, mask, None if cache is None else cache[i], start)
+        return self.model["norm"](x)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(c.width, c.eps), nn.RMSNorm(c.width, c.eps)
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+
+    def forward(self, x, rope, mask, cache, start):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, start)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.eps), nn.RMSNorm(c.head_dim, c.eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, x, rope, mask, cache, start):
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))  # (B, S, H, D)
+        q, k, v = (t.transpose(1, 2) for t in (rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v))
+        if cache is not None:
+            end = start + x.shape[1]
+            cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
+            k, v = cache[:, :, :, :end]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def rotate(x, rope):
+    a, b = x.chunk(2, -1)
+    return x * rope[0] + torch.cat((-b, a), -1) * rope[1]
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.width, c.hidden, bias=False)
+        self.up_proj = nn.Linear(c.width, c.hidden, bias=False)
+        self.down_proj = nn.Linear(c.hidden, c.width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# ------------------------------------------------------------------------------- one prompt, K completions: sample and score
+def layout(valid, K, T):
+    """A prompt and its K completions of T tokens share one row [P prompt tokens | slot t * K + k]: the prompt is computed once.
+
+    Returns mask (B, 1, S, S), True where a query sees a key, and rotary positions (B, S), S = P + K * T.
+    """
+    (B, P), device = valid.shape, valid.device
+    slot = torch.arange(K * T, device=device)
+    owner = F.pad(slot % K, (P, 0), value=-1)                                            # (S,) candidate, -1 for the prompt
+    column = torch.cat((torch.arange(P, device=device), P + slot // K))                             # (S,) P + t, or in the prompt
+    sees = (column <= column[:, None]) & ((owner == -1) | (owner == owner[:, None]))                  # (S, S)
+    sees = sees & F.pad(valid, (0, K * T), value=True)[:, None]                                       # (B, S, S)
+    sees = sees | torch.eye(P + K * T, dtype=torch.bool, device=device)          # padding sees itself: softmax over nothing is NaN
+    return sees[:, None], (column - (P - valid.sum(1, keepdim=True))).clamp(min=0)
+
+
+@torch.no_grad()
+def sample(model, tokens, valid, K, T, end, generator, greedy=False):
+    """K completions per prompt at temperature 1, without top-k or top-p, which the log-probs in training would not know of.
+
+    Returns y (B, K, T), real (B, K, T): True up to and including the end token, and their fp32 log-probs, 0 where not real.
+    """
+    c, (B, P) = model.config, tokens.shape
+    mask, pos = layout(valid, K, T - 1)
+    dtype = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else torch.float32
+    cache = [torch.empty(2, B, c.kv_heads, P + K * (T - 1), c.head_dim, device=tokens.device, dtype=dtype)
+             for _ in range(c.layers)]
+    h = model(tokens, pos[:, :P], mask[:, :, :P, :P], cache)[:, -1:].expand(-1, K, -1)                # (B, K, width)
+    ys, logps = [], []
+    for t in range(T):
+        logp = model.lm_head(h).float().log_softmax(-1)                                               # (B, K, V)
+        race = 0 if greedy else -torch.empty_like(logp).exponential_(generator=generator).log()       # Gumbel noise
+        ys.append((logp + race).argmax(-1))                                                           # (B, K)
+        logps.append(logp.gather(-1, ys[-1][..., None])[..., 0])
+        if t < T - 1:
+            now = slice(P + t * K, P + t * K + K)
+            h = model(ys[-1], pos[:, now], mask[:, :, now, :now.stop], cache, now.start)
+    y, logp = torch.stack(ys, -1), torch.stack(logps, -1)
+    real = (y == end).cumsum(-1) - (y == end).int() == 0                                              # no end token before it
+    return y, real, logp.masked_fill(~real, 0)
+
+
+def token_logp(model, tokens, valid, y):
+    """fp32 log-probs (B, K, T) of completions y (B, K, T) after prompts tokens (B, P), with gradient."""
+    (B, K, T), P = y.shape, tokens.shape[1]
+    mask, pos = layout(valid, K, T - 1)
+    slots = y.transpose(1, 2).flatten(1)                                                              # (B, T * K)
+    h = model(torch.cat((tokens, slots[:, :-K]), 1), pos, mask)                                       # (B, P + (T-1)K, width)
+    h = torch.cat((h[:, P - 1:P].expand(-1, K, -1), h[:, P:]), 1)                # the last prompt token predicts every y_1
+    logits = model.lm_head(h).float()                                                                 # (B, T * K, V)
+    return -F.cross_entropy(logits.transpose(1, 2), slots, reduction="none").view(B, T, K).transpose(1, 2)
+
+
+def score(task, enc, items, y, real):
+    """Scores (B, K) on the CPU. A completion cut off before its end token has not answered: 0."""
+    end, lengths = enc.n_vocab - 1, real.sum(-1).tolist()
+    return torch.tensor([[task.check(key, enc.decode(row[:n - 1])) if row[n - 1] == end else 0.0 for row, n in zip(rows, ns)]
+                         for (_, key), rows, ns in zip(items, y.tolist(), lengths)])
+
+
+# ------------------------------------------------------------------------------------------------------------ algorithm
+def algorithms(c):
+    """name -> (loss, grouped, at_rest). grouped: takes summed log-probs (B, K) of whole groups, else token log-probs (B, K, T).
+
+    at_rest: a zero-variance group has exactly zero gradient on the first epoch, so its forward and backward can be left out.
+    """
+    return {"tpo": (partial(tpo_loss, eta=c.eta, anchor=c.anchor), True, True),
+            "tpo_no_anchor": (partial(tpo_no_anchor_loss, eta=c.eta), True, False),
+            "group_pg": (group_pg_loss, True, True),
+            "grpo": (grpo_loss, True, True),
+            "grpo_no_kl": (partial(grpo_loss, beta=0.0), True, True),
+            "grpo_masked": (grpo_masked_loss, True, False),
+            "pg": (pg_loss, False, False),
+            "ppo": (ppo_loss, False, False),
+            "dg": (partial(dg_loss, eta=c.eta), False, False)}
+
+
+def rise(step):
+    return min(1.0, (step + 1) / 30)                     # AdamW's first steps have full size whatever the gradient
+
+
+class Trainer:
+    """One run: model, optimizer, random states. Everything a checkpoint must hold is in `state`."""
+
+    def __init__(self, c):
+        self.c, self.task, self.device = c, TASKS[c.task], pick_device(c.device)
+        self.enc = make_encoding(self.task)
+        self.end = self.enc.n_vocab - 1
+        self.loss, self.grouped, self.at_rest = algorithms(c)[c.algo.split(":")[0]]
+        torch.manual_seed(c.seed)
+        self.model = GPT(ModelConfig(self.enc.n_vocab, c.width, c.layers, c.heads, c.kv_heads, c.width // c.heads,
+                                     hidden=8 * math.ceil(c.width / 3))).to(self.device)
+        self.token_logp = torch.compile(token_logp, dynamic=True) if c.compile else token_logp
+        self.optimizer = self.adamw(c.lr)
+        self.rng, self.generator = random.Random(c.seed), torch.Generator(self.device).manual_seed(c.seed)
+        self.exam = puzzles(self.task, random.Random(c.eval_set), 256, c.eval_set)       # the same for every seed
+        self.step, self.seconds, self.recent = 0, 0.0, []                 # recent: metrics since the last evaluation
+        self.tally = dict.fromkeys(("sample_tokens", "sample_seconds", "train_tokens", "train_seconds"), 0.0)
+
+    def adamw(self, lr):
+        return torch.optim.AdamW(self.model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def update(self):
+        """sample -> score -> target -> fit, once. Returns the metrics; FloatingPointError on a non-finite gradient."""
+        c, clock = self.c, time.time()
+        items = puzzles(self.task, self.rng, c.prompts, "train")
+        tokens, valid = encode_prompts(self.enc, [text for text, _ in items], self.device)
+        with self.autocast():
+            y, real, logp = sample(self.model, tokens, valid, c.candidates, c.max_new_tokens, self.end, self.generator)
+        R = score(self.task, self.enc, items, y, real).to(self.device)                                # (B, K)
+        metrics = diagnose(logp.sum(-1), R, c) | {"entropy": -logp.sum() / real.sum(), "cut": 1 - (y == self.end).any(-1).float().mean()}
+        sampled = time.time()
+
+        informative = (standardize(R) != 0).any(-1)                                                   # (B,)
+        rows = informative if self.at_rest and c.epochs == 1 else torch.ones_like(informative)
+        rows[0] |= ~rows.any()                     # an update without gradient still moves AdamW: give it an exact zero
+        T = int(real[rows].sum(-1).max())
+        tokens, valid, y, fit_real, fit_R = tokens[rows], valid[rows], y[rows, :, :T], real[rows, :, :T], R[rows]
+        self.optimizer.param_groups[0]["lr"] = c.lr * rise(self.step) * (1 - self.step / c.steps)
+        for epoch in range(c.epochs):
+            with self.autocast():
+                logp = self.token_logp(self.model, tokens, valid, y).masked_fill(~fit_real, 0)        # (B, K, T)
+            if epoch == 0:
+                logp_old = logp.detach()      # not the sampler's: in bf16 its kernels round differently, and p = p_old fails
+            loss = (self.loss(logp.sum(-1), logp_old.sum(-1), fit_R) if self.grouped else    # the target q is inside tpo_loss
+                    self.loss(logp, logp_old, fit_R, mask=fit_real))
+            (loss * rows.float().mean()).backward()                 # the groups left out count in the mean over groups
+            metrics["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+            if not metrics["grad_norm"].isfinite():
+                raise FloatingPointError(f"gradient norm {metrics['grad_norm'].item()} at update {self.step}, epoch {epoch}")
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))
+        for key, value in (("sample_tokens", int(real.sum())), ("sample_seconds", sampled - clock),
+                           ("train_tokens", c.epochs * int(valid.sum() + fit_real.sum())), ("train_seconds", time.time() - sampled)):
+            self.tally[key] += value
+        return metrics
+
+    def evaluate(self):
+        """pass@1 on the fixed puzzles: four samples each at temperature 1, and greedy."""
+        tokens, valid = encode_prompts(self.enc, [text for text, _ in self.exam], self.device)
+        rates = {}
+        for name, K, greedy in (("pass1", 4, False), ("greedy", 1, True)):
+            generator = torch.Generator(self.device).manual_seed(0)
+            with self.autocast():
+                y, real, _ = sample(self.model, tokens, valid, K, self.c.max_new_tokens, self.end, generator, greedy)
+            rates[name] = (score(self.task, self.enc, self.exam, y, real) == 1).float().mean().item()
+        return rates
+
+    def warm_start(self, folder):
+        """Supervised steps on random answers: they teach the form and nothing of the solution. Cached for other runs."""
+        c, clock = self.c, time.time()
+        key = (Path(__file__).read_text(), c.task, c.seed, c.layers, c.width, c.heads, c.kv_heads, c.warm_steps, str(self.device))
+        path = folder / f"warm-{c.task}-{c.seed}-{zlib.crc32(repr(key).encode()):08x}.pt"           # edited code warms up anew
+        if path.exists():
+            saved = load(path)
+            self.model.load_state_dict(saved["model"])
+            self.seconds = saved["seconds"]
+            return print(f"warm start ({self.seconds:.0f} s of training) read from {path}")
+        rng, optimizer = random.Random(f"warm {c.seed}"), self.adamw(2e-3)
+        for step in range(c.warm_steps):
+            items = puzzles(self.task, rng, 64, "train")
+            tokens, valid = encode_prompts(self.enc, [text for text, _ in items], self.device)
+            answers = [self.enc.encode_ordinary(self.task.guess(rng, key)) + [self.end] for _, key in items]
+            T = max(map(len, answers))
+            y = torch.tensor([[a + [self.end] * (T - len(a))] for a in answers], device=self.device)                  # (64, 1, T)
+            real = (y == self.end).cumsum(-1) - (y == self.end).int() == 0             # the end token counts, padding does not
+            optimizer.param_groups[0]["lr"] = 2e-3 * rise(step)
+            with self.autocast():
+                (-token_logp(self.model, tokens, valid, y)[real].mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        self.seconds = time.time() - clock
+        write(path, {"model": self.model.state_dict(), "seconds": self.seconds})
+
+    def state(self):
+        return dict(config=asdict(self.c), step=self.step, seconds=self.seconds, recent=self.recent, tally=self.tally,
+                    model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), rng=self.rng.getstate(),
+                    generator=self.generator.get_state())
+
+    def restore(self, path):
+        saved = load(path)
+        for name, value in asdict(self.c).items():
+            if name not in ("resume", "plot", "out", "compile") and saved["config"][name] != value:
+                fail(f"--{name.replace('_', '-')} {value}: {path} was made with {saved['config'][name]}, and --resume must not change it")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.rng.setstate(saved["rng"])
+        self.generator.set_state(saved["generator"])
+        self.step, self.seconds, self.recent, self.tally = (saved[k] for k in ("step", "seconds", "recent", "tally"))
+
+    def run(self, folder, warm_folder):
+        """Warm start or resume, then updates; a checkpoint, an evaluation and a record every eval_every. Returns the records."""
+        c, path, log, stop = self.c, folder / "checkpoint.pt", folder / "log.jsonl", []
+        if c.resume and path.exists():
+            self.restore(path)                     # the evaluation follows its checkpoint: records from there on are redone
+            records = [r for r in map(json.loads, log.read_text().splitlines()) if
+                       r["kind"] == "config" or r.get("step", math.inf) < self.step + (r["kind"] == "update")]
+        else:
+            self.warm_start(warm_folder)
+            records = [{"kind": "config", **asdict(c)}]
+        params = sum(p.numel() for p in self.model.parameters())
+        print(f"{c.algo}: {params:,} parameters, {self.enc.n_vocab} tokens, {self.device}; e.g. {self.exam[0][0]!r}", flush=True)
+        begun, first, spent = time.time() - self.seconds, self.step, self.seconds
+        handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+        write(log, "".join(json.dumps(r) + "\n" for r in records))
+
+        def record(**values):
+            records.append(values)
+            with log.open("a") as f:
+                f.write(json.dumps(values) + "\n")
+
+        while True:
+            self.seconds = time.time() - begun
+            if self.step % c.eval_every == 0 or self.step == c.steps or stop:
+                write(path, self.state())
+            if stop:
+                fail(f"stopped after {self.step} updates; --resume continues from {path}", 130)
+            if self.step % c.eval_every == 0 or self.step == c.steps:
+                means = {k: round(sum(m[k] for m in self.recent) / len(self.recent), 5) for k in (self.recent or [{}])[0]}
+                record(kind="eval", step=self.step, seconds=round(self.seconds, 2), **self.evaluate(), **means,
+                       sample_tok_s=self.rate("sample"), train_tok_s=self.rate("train"))
+                left = (self.seconds - spent) / max(self.step - first, 1) * (c.steps - self.step)
+                print(line(records[-1], c.steps, left), flush=True)
+                self.recent = []
+            if self.step == c.steps:
+                break
+            try:
+                self.recent.append(self.update())
+            except FloatingPointError as error:
+                write(folder / "last-good.pt", self.state())
+                fail(f"{error}; the weights before it are in {folder / 'last-good.pt'}: try a lower --lr (now {c.lr}) or a "
+                     f"higher --eta (now {c.eta})", 1)
+            self.step += 1
+            record(kind="update", step=self.step, **{k: round(v, 5) for k, v in self.recent[-1].items()})
+
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+        evals = [r for r in records if r["kind"] == "eval"]
+        before, after = evals[0]["pass1"], evals[-1]["pass1"]
+        record(kind="result", task=c.task, algo=c.algo, seed=c.seed, params=params, steps=c.steps, pass1_before=before,
+               pass1_after=after, greedy_after=evals[-1]["greedy"], seconds=round(time.time() - begun, 2),
+               sample_tok_s=self.rate("sample"), train_tok_s=self.rate("train"), peak_mb=round(peak_mb(self.device)))
+        print(f"{c.algo} took {c.task} from {before:.1%} to {after:.1%} pass@1 (greedy {evals[-1]['greedy']:.1%}) on {len(self.exam)} "
+              f"{c.eval_set} puzzles in {c.steps} updates and {records[-1]['seconds']:.0f} s, warm start included")
+        return records
+
+    def rate(self, phase):
+        return round(self.tally[phase + "_tokens"] / (self.tally[phase + "_seconds"] or 1))
+
+
+@torch.no_grad()
+def diagnose(logp_old, R, c):
+    """How far q asks the policy to move, and the anchor's health: what to look at before believing that TPO learns."""
+    q, anchor = tpo_target(logp_old, R, c.eta, c.anchor), (c.anchor * logp_old).softmax(-1)                    # (B, K)
+    shift = (q - anchor).abs().sum(-1)                                                                         # (B,)
+    return dict(reward=R.mean(), kl=torch.xlogy(q, q / anchor.clamp(min=1e-38)).sum(-1).mean(),
+                informative=(standardize(R) != 0).any(-1).float().mean(), anchor_max=anchor.amax(-1).mean(),
+                anchor_size=(1 / anchor.square().sum(-1)).mean(), anchor_shift=shift.mean(),
+                anchor_dead=(shift < 1e-3).float().mean())
+
+
+def line(r, steps, left):
+    text = f"{r['step']:5d}/{steps}  pass@1 {r['pass1']:.3f}  greedy {r['greedy']:.3f}  {r['seconds']:4.0f} s"
+    if "reward" not in r:
+        return text + "  (after the warm start)"
+    return text + (f", {left:.0f} s left  reward {r['reward']:.3f}  KL(q||p) {r['kl']:.3f}  informative {r['informative']:.2f}  "
+                   f"entropy {r['entropy']:.3f}  anchor max {r['anchor_max']:.2f} size {r['anchor_size']:.1f}  "
+                   f"sample {r['sample_tok_s']:,} train {r['train_tok_s']:,} tok/s")
+
+
+# --------------------------------------------------------------------------------------------------------- files and errors
+def fail(message, status=2):
+    print(f"llm_rlvr.py: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def write(path, value):
+    """Beside the file, flushed to disk, then renamed: path is the old file or the whole new one. str, or anything torch saves."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as f:
+            f.write(value.encode()) if isinstance(value, str) else torch.save(value, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                                   # torch.save turns a full disk into RuntimeError
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path} ({str(error).splitlines()[0]}); what stood there is intact", 1)
+
+
+def load(path):
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:                                                 # a truncated file raises one of many types
+        fail(f"{path} cannot be read ({type(error).__name__}): damaged, or not written by this script")
+
+
+def peak_mb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"--device {name}: {str(error).splitlines()[0]}; allowed are auto, cpu, cuda, cuda:N and mps where the machine has it")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(message)
+
+
+def parse(argv):
+    """Config from defaults, then the task's own defaults, then the flags."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    for f in fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f"{f.metadata['help']} [{f.default}]", **kind)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        fail(f"{unknown[0]} is not a flag; the flags are {' '.join('--' + f.name.replace('_', '-') for f in fields(Config))}")
+    if given.task not in TASKS:
+        fail(f"--task {given.task}: allowed are {', '.join(TASKS)}")
+    parser.set_defaults(**TASKS[given.task].defaults)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def check(c):
+    """One line and exit status 2 on a value that cannot work."""
+    name, known = c.algo.split(":")[0], algorithms(c)
+    rules = [("algo", name in known, ", ".join(known)), ("eval_set", c.eval_set in ("heldout", "test"), "heldout, test")]
+    rules += [(f, getattr(c, f) >= 1, "1 or more") for f in ("steps", "prompts", "candidates", "epochs", "eval_every", "max_new_tokens",
+                                                             "layers", "width", "heads", "kv_heads")]
+    rules += [(f, getattr(c, f) >= 0, "0 or more") for f in ("anchor", "seed", "warm_steps")]
+    rules += [(f, 0 < getattr(c, f) < math.inf, "numbers above 0") for f in ("lr", "eta")]
+    for field_name, fine, allowed in rules:
+        if not fine:
+            fail(f"--{field_name.replace('_', '-')} {getattr(c, field_name)}: allowed are {allowed}")
+    if c.candidates < 2 and known[name][1]:
+        fail(f"--candidates {c.candidates}: {name} compares the candidates of one prompt; allowed are 2 or more")
+    if c.width % (2 * c.heads) or c.heads % c.kv_heads:
+        fail(f"--width {c.width}: allowed are multiples of twice --heads {c.heads}, itself a multiple of --kv-heads {c.kv_heads}")
+    return c
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    entries = parse(argv).algo.split(",")
+    runs = []
+    for entry in entries:
+        pairs = [change.partition("=") for change in entry.split(":")[1:]]
+        c = check(parse([*argv, *(word for name, _, value in pairs for word in (f"--{name}", value)), "--algo", entry]))
+        own = "{algo}" in c.out or len(entries) == 1                             # else the runs are subfolders of --out
+        folder = Path(c.out.replace("{task}", c.task).replace("{algo}", entry.replace(":", "-")).replace("{seed}", str(c.seed)))
+        runs.append((c, folder if own else folder / entry.replace(":", "-"), folder.parent if "{algo}" in c.out else folder))
+    if runs[0][0].plot:
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError:
+            fail("--plot needs matplotlib: pip install matplotlib")
+    for c, folder, warm_folder in runs:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            fail(f"--out {folder}: cannot be written ({error.strerror})")
+    if runs[0][0].resume and not any((folder / "checkpoint.pt").exists() for _, folder, _ in runs):
+        fail(f"--resume: there is no {runs[0][1] / 'checkpoint.pt'}; leave --resume out, or name the run's folder with --out")
+    results = [Trainer(c).run(folder, warm_folder) for c, folder, warm_folder in runs]
+    if len(results) > 1:
+        print(f"\n{'algorithm':<28}{'before':>8}{'after':>8}{'greedy':>8}{'50% after':>20}{'90% after':>20}")
+        for records in results:
+            evals, r = [e for e in records if e["kind"] == "eval"], records[-1]
+            reach = [next((f"{e['step']} ({e['seconds']:.0f} s)" for e in evals if e["pass1"] >= bar), "-") for bar in (0.5, 0.9)]
+            print(f"{r['algo']:<28}{r['pass1_before']:>8.3f}{r['pass1_after']:>8.3f}{r['greedy_after']:>8.3f}{reach[0]:>20}{reach[1]:>20}")
+    if runs[0][0].plot:
+        figure, axis = plt.subplots()
+        for records in results:
+            steps, rates = zip(*((e["step"], e["pass1"]) for e in records if e["kind"] == "eval"))
+            axis.plot(steps, rates, label=records[-1]["algo"])
+        axis.set(xlabel="update", ylabel="pass@1", ylim=(0, 1))
+        axis.legend()
+        figure.savefig(runs[-1][1] / "pass1.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
