@@ -7,7 +7,7 @@
     python llm_rlvr.py --algo tpo --resume                        go on after Ctrl-C or a crash
 
 The last line to expect from the first command: EXPECT
-Logs and the checkpoint go to out/<task>-<algo>-<seed>/. The algorithm is `train_step`; the rest is what it needs.
+Logs and the checkpoint go to out/<task>-<algo>-<seed>/. The algorithm is Trainer.update; the rest is what it needs.
 """
 import argparse
 import itertools
@@ -43,8 +43,8 @@ def flag(default, help):
 
 @dataclass(frozen=True)
 class Config:
-    algo: str = flag("tpo", "tpo, tpo_no_anchor, group_pg, grpo, grpo_no_kl, grpo_masked, pg, ppo, dg, or a comma list; "
-                            "NAME:FLAG=VALUE:... sets flags for that run alone")
+    algo: str = flag("tpo", "tpo, tpo_no_anchor, group_pg, grpo, grpo_no_kl, grpo_masked, pg, ppo, dg, or a comma "
+                            "list; NAME:FLAG=VALUE:... sets flags for that run alone")
     task: str = flag("knights_knaves", "knights_knaves, graph_color or addition")
     steps: int = flag(1000, "RL updates, one rollout batch each")
     prompts: int = flag(32, "prompts per update, B")
@@ -56,7 +56,7 @@ class Config:
     seed: int = flag(0, "of the weights, the training prompts and the sampling")
     eval_every: int = flag(50, "updates between evaluations; a checkpoint precedes each")
     eval_set: str = flag("heldout", "which 256 fixed puzzles to evaluate on: heldout, or test for final numbers")
-    max_new_tokens: int = flag(4, "longest completion, its end token included, T")
+    max_new_tokens: int = flag(7, "longest completion, its end token included, T")
     warm_steps: int = flag(150, "supervised steps on random answers of the right form")
     layers: int = flag(2, "transformer blocks")
     width: int = flag(128, "embedding width, a multiple of 2 x heads")
@@ -70,14 +70,14 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
-# A task has defaults (its own defaults for flags) and
+# A task has defaults, a dict of its own defaults for flags, and
 #   prompt(rng) -> (text, key)       a fresh puzzle; key is whatever check needs
 #   check(key, answer) -> score      1.0 is right; values in [0, 1) give partial credit
-#   guess(rng, key) -> answer        an answer of the right form drawn without looking at the solution, for the warm start
+#   guess(rng, key) -> answer        for the warm start: right in form, drawn without looking at the solution
 class KnightsKnaves:
     """Knights tell the truth, knaves lie; who is what? Every puzzle has exactly one solution."""
     people, kinds = "ABC", ("knight", "knave")
-    claims = {                                       # truth of a claim about persons x, y in world w
+    claims = {                                                  # truth of a claim about persons x and y in world w
         "{x} is a {kind}": lambda w, x, y, kind: w[x] == kind,
         "{x} and {y} are {kind}s": lambda w, x, y, kind: w[x] == w[y] == kind,
         "{x} or {y} is a {kind}": lambda w, x, y, kind: kind in (w[x], w[y]),
@@ -92,24 +92,26 @@ class KnightsKnaves:
             fits = [w for w in worlds if all((w[p] == "knight") == self.claims[form](w, *about)
                                              for p, (form, *about) in said.items())]
             if len(fits) == 1:
-                text = " ".join(f"{p} says {form.format(x=x, y=y, kind=kind)}." for p, (form, x, y, kind) in said.items())
-                return text + " Who?", list(fits[0].values())
+                text = [f"{p} says {form.format(x=x, y=y, kind=kind)}." for p, (form, x, y, kind) in said.items()]
+                return " ".join(text) + " Who?", fits[0]
 
     def check(self, key, answer):
-        return float(answer.split() == key)
+        """Each person named once, in any order, with the right kind: "B knave A knight C knave"."""
+        words = answer.split()
+        return float(len(words) == 2 * len(key) and dict(zip(words[::2], words[1::2])) == key)
 
     def guess(self, rng, key):
-        return "".join(" " + rng.choice(self.kinds) for _ in self.people)
+        return "".join(f" {rng.choice(self.people)} {rng.choice(self.kinds)}" for _ in self.people)
 
 
 class GraphColor:
     """Give six nodes three colors so that no edge joins equal colors; any proper coloring is right."""
     edges, colors = ["-".join(e) for e in itertools.combinations("ABCDEF", 2)], ("red", "green", "blue")
-    defaults = {"max_new_tokens": 7}
+    defaults = {}
 
     def prompt(self, rng):
         while True:
-            edges = rng.sample(self.edges, rng.randint(4, 9))
+            edges = rng.sample(self.edges, rng.randint(2, 6))
             if any(self.proper(edges, c) for c in itertools.product(self.colors, repeat=6)):
                 return "Color" + "".join(" " + e for e in edges) + ":", edges
 
@@ -128,7 +130,7 @@ class GraphColor:
 
 class Addition:
     """a + b of one or two digits each."""
-    defaults = {}
+    defaults = {"max_new_tokens": 4}
 
     def prompt(self, rng):
         a, b = (rng.randrange(10 ** rng.randint(1, 2)) for _ in range(2))
@@ -146,7 +148,7 @@ TASKS = {"knights_knaves": KnightsKnaves(), "graph_color": GraphColor(), "additi
 
 
 def puzzles(task, rng, n, split):
-    """n (text, key) pairs. A hash of the text decides the split: heldout and test get a tenth each, so none is trained on."""
+    """n (text, key) pairs of a split. A hash of the text decides its split: none but train is trained on."""
     found = []
     while len(found) < n:
         text, key = task.prompt(rng)
@@ -156,12 +158,12 @@ def puzzles(task, rng, n, split):
 
 
 def make_encoding(task):
-    """A vocabulary of the pieces that occur in the task's texts, found by drawing 2,000 puzzles, and the end token, last."""
+    """Tokens: the pieces that occur in 2,000 puzzles and guesses of the task, and the end token as the last id."""
     rng, pieces = random.Random(0), set()
     for text, key in (task.prompt(rng) for _ in range(2000)):
         pieces.update(re.findall(PIECE, text + task.guess(rng, key)))
-    return tiktoken.Encoding("task", pat_str=PIECE, mergeable_ranks={p.encode(): i for i, p in enumerate(sorted(pieces))},
-                             special_tokens={"<|end|>": len(pieces)})
+    ranks = {piece.encode(): i for i, piece in enumerate(sorted(pieces))}
+    return tiktoken.Encoding("task", pat_str=PIECE, mergeable_ranks=ranks, special_tokens={"<|end|>": len(ranks)})
 
 
 def encode_prompts(enc, texts, device):
@@ -191,7 +193,7 @@ class ModelConfig:
 
 
 class GPT(nn.Module):
-    """Decoder with RMSNorm, rotary positions, SwiGLU and grouped-query attention; parameter names as in HF Llama / Qwen."""
+    """Decoder: RMSNorm, rotary positions, SwiGLU, grouped-query attention; parameters named as in HF Llama and Qwen."""
 
     def __init__(self, c):
         super().__init__()
@@ -218,7 +220,7 @@ class GPT(nn.Module):
         """
         c = self.config
         frequency = c.theta ** -(torch.arange(0, c.head_dim, 2, device=tokens.device) / c.head_dim)
-        angle = (pos[..., None] * frequency).repeat(1, 1, 2)[:, :, None]                                   # (B, S, 1, D)
+        angle = (pos[..., None] * frequency).repeat(1, 1, 2)[:, :, None]                                  # (B, S, 1, D)
         rope, x = (angle.cos(), angle.sin()), self.model["embed_tokens"](tokens)
         for i, block in enumerate(self.model["layers"]):
             x = block(x, rope, mask, None if cache is None else cache[i], start)
@@ -250,8 +252,9 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x, rope, mask, cache, start):
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))  # (B, S, H, D)
-        q, k, v = (t.transpose(1, 2) for t in (rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v))
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)                                 # (B, S, H, D)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                                  # (B, H, S, D)
         if cache is not None:
             end = start + x.shape[1]
             cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
@@ -276,71 +279,80 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# ------------------------------------------------------------------------------- one prompt, K completions: sample and score
+# ------------------------------------------------------------------- one prompt, K completions: sample, log-prob, score
 def layout(valid, K, T):
-    """A prompt and its K completions of T tokens share one row [P prompt tokens | slot t * K + k]: the prompt is computed once.
+    """Mask (B, 1, S, S), True where a query sees a key, and rotary positions (B, S) of B rows of S = P + K * T tokens.
 
-    Returns mask (B, 1, S, S), True where a query sees a key, and rotary positions (B, S), S = P + K * T.
+    A prompt and its K completions share a row, [P prompt tokens | token t of candidate k at P + t * K + k], so that the
+    prompt is computed once: a completion sees the prompt (valid (B, P): not its padding) and itself, not its siblings.
     """
-    (B, P), device = valid.shape, valid.device
+    P, device = valid.shape[1], valid.device
     slot = torch.arange(K * T, device=device)
-    owner = F.pad(slot % K, (P, 0), value=-1)                                            # (S,) candidate, -1 for the prompt
-    column = torch.cat((torch.arange(P, device=device), P + slot // K))                             # (S,) P + t, or in the prompt
-    sees = (column <= column[:, None]) & ((owner == -1) | (owner == owner[:, None]))                  # (S, S)
-    sees = sees & F.pad(valid, (0, K * T), value=True)[:, None]                                       # (B, S, S)
-    sees = sees | torch.eye(P + K * T, dtype=torch.bool, device=device)          # padding sees itself: softmax over nothing is NaN
+    owner = F.pad(slot % K, (P, 0), value=-1)                                        # (S,) candidate, -1 for the prompt
+    column = torch.cat((torch.arange(P, device=device), P + slot // K))                # (S,) place in its own sequence
+    sees = (column <= column[:, None]) & ((owner == -1) | (owner == owner[:, None]))   # (S, S)
+    sees = sees & F.pad(valid, (0, K * T), value=True)[:, None]                        # (B, S, S)
+    sees = sees | torch.eye(P + K * T, dtype=torch.bool, device=device)     # padding too: a softmax over nothing is NaN
     return sees[:, None], (column - (P - valid.sum(1, keepdim=True))).clamp(min=0)
 
 
 @torch.no_grad()
 def sample(model, tokens, valid, K, T, end, generator, greedy=False):
-    """K completions per prompt at temperature 1, without top-k or top-p, which the log-probs in training would not know of.
+    """K completions y (B, K, T) of each prompt, real (B, K, T): True up to the end token and on it, fp32 log-probs.
 
-    Returns y (B, K, T), real (B, K, T): True up to and including the end token, and their fp32 log-probs, 0 where not real.
+    Temperature 1 without top-k or top-p: any other sampler is not the policy whose log-probs are trained.
     """
-    c, (B, P) = model.config, tokens.shape
-    mask, pos = layout(valid, K, T - 1)
-    dtype = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else torch.float32
+    c, (B, P), kind = model.config, tokens.shape, tokens.device.type
+    mask, pos = layout(valid, K, T - 1)                                               # the last token is never an input
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     cache = [torch.empty(2, B, c.kv_heads, P + K * (T - 1), c.head_dim, device=tokens.device, dtype=dtype)
              for _ in range(c.layers)]
-    h = model(tokens, pos[:, :P], mask[:, :, :P, :P], cache)[:, -1:].expand(-1, K, -1)                # (B, K, width)
+    h = model(tokens, pos[:, :P], mask[:, :, :P, :P], cache)[:, -1:].expand(-1, K, -1)                 # (B, K, width)
     ys, logps = [], []
     for t in range(T):
-        logp = model.lm_head(h).float().log_softmax(-1)                                               # (B, K, V)
-        race = 0 if greedy else -torch.empty_like(logp).exponential_(generator=generator).log()       # Gumbel noise
-        ys.append((logp + race).argmax(-1))                                                           # (B, K)
+        logp = model.lm_head(h).float().log_softmax(-1)                                                # (B, K, V)
+        gumbel = 0 if greedy else -torch.empty_like(logp).exponential_(generator=generator).log()
+        ys.append((logp + gumbel).argmax(-1))                                       # (B, K) ~ softmax, and no host sync
         logps.append(logp.gather(-1, ys[-1][..., None])[..., 0])
         if t < T - 1:
             now = slice(P + t * K, P + t * K + K)
             h = model(ys[-1], pos[:, now], mask[:, :, now, :now.stop], cache, now.start)
     y, logp = torch.stack(ys, -1), torch.stack(logps, -1)
-    real = (y == end).cumsum(-1) - (y == end).int() == 0                                              # no end token before it
+    real = up_to_end(y, end)
     return y, real, logp.masked_fill(~real, 0)
+
+
+def up_to_end(y, end):
+    """True up to and including the first end token: it is sampled, scored and trained; what follows is padding."""
+    return (y == end).cumsum(-1) - (y == end).int() == 0
 
 
 def token_logp(model, tokens, valid, y):
     """fp32 log-probs (B, K, T) of completions y (B, K, T) after prompts tokens (B, P), with gradient."""
     (B, K, T), P = y.shape, tokens.shape[1]
     mask, pos = layout(valid, K, T - 1)
-    slots = y.transpose(1, 2).flatten(1)                                                              # (B, T * K)
-    h = model(torch.cat((tokens, slots[:, :-K]), 1), pos, mask)                                       # (B, P + (T-1)K, width)
-    h = torch.cat((h[:, P - 1:P].expand(-1, K, -1), h[:, P:]), 1)                # the last prompt token predicts every y_1
-    logits = model.lm_head(h).float()                                                                 # (B, T * K, V)
+    slots = y.transpose(1, 2).flatten(1)                                                               # (B, T * K)
+    h = model(torch.cat((tokens, slots[:, :-K]), 1), pos, mask)                                        # (B, S, width)
+    h = torch.cat((h[:, P - 1:P].expand(-1, K, -1), h[:, P:]), 1)              # the last prompt token predicts each y_1
+    logits = model.lm_head(h).float()                                                                  # (B, T * K, V)
     return -F.cross_entropy(logits.transpose(1, 2), slots, reduction="none").view(B, T, K).transpose(1, 2)
 
 
-def score(task, enc, items, y, real):
+def score(task, enc, items, y):
     """Scores (B, K) on the CPU. A completion cut off before its end token has not answered: 0."""
-    end, lengths = enc.n_vocab - 1, real.sum(-1).tolist()
-    return torch.tensor([[task.check(key, enc.decode(row[:n - 1])) if row[n - 1] == end else 0.0 for row, n in zip(rows, ns)]
-                         for (_, key), rows, ns in zip(items, y.tolist(), lengths)])
+    end = enc.n_vocab - 1
+
+    def one(key, ids):
+        return task.check(key, enc.decode(ids[:ids.index(end)])) if end in ids else 0.0
+
+    return torch.tensor([[one(key, ids) for ids in candidates] for (_, key), candidates in zip(items, y.tolist())])
 
 
 # ------------------------------------------------------------------------------------------------------------ algorithm
 def algorithms(c):
-    """name -> (loss, grouped, at_rest). grouped: takes summed log-probs (B, K) of whole groups, else token log-probs (B, K, T).
+    """name -> (loss, grouped, at_rest). grouped: takes summed log-probs (B, K), otherwise token log-probs (B, K, T).
 
-    at_rest: a zero-variance group has exactly zero gradient on the first epoch, so its forward and backward can be left out.
+    at_rest: on the first epoch a zero-variance group has exactly zero gradient and may be left out.
     """
     return {"tpo": (partial(tpo_loss, eta=c.eta, anchor=c.anchor), True, True),
             "tpo_no_anchor": (partial(tpo_no_anchor_loss, eta=c.eta), True, False),
@@ -388,33 +400,35 @@ class Trainer:
         tokens, valid = encode_prompts(self.enc, [text for text, _ in items], self.device)
         with self.autocast():
             y, real, logp = sample(self.model, tokens, valid, c.candidates, c.max_new_tokens, self.end, self.generator)
-        R = score(self.task, self.enc, items, y, real).to(self.device)                                # (B, K)
-        metrics = diagnose(logp.sum(-1), R, c) | {"entropy": -logp.sum() / real.sum(), "cut": 1 - (y == self.end).any(-1).float().mean()}
+        R = score(self.task, self.enc, items, y).to(self.device)                                       # (B, K)
+        metrics = diagnose(logp.sum(-1), R, c) | {"entropy": -logp.sum() / real.sum(),
+                                                  "cut": 1 - (y == self.end).any(-1).float().mean()}
         sampled = time.time()
 
-        informative = (standardize(R) != 0).any(-1)                                                   # (B,)
-        rows = informative if self.at_rest and c.epochs == 1 else torch.ones_like(informative)
-        rows[0] |= ~rows.any()                     # an update without gradient still moves AdamW: give it an exact zero
+        rows = (standardize(R) != 0).any(-1) | (not self.at_rest or c.epochs > 1)                       # (B,) to fit on
+        rows[0] |= ~rows.any()                             # AdamW moves without a gradient too: give it an exact zero
         T = int(real[rows].sum(-1).max())
-        tokens, valid, y, fit_real, fit_R = tokens[rows], valid[rows], y[rows, :, :T], real[rows, :, :T], R[rows]
+        tokens, valid, y, R = tokens[rows], valid[rows], y[rows, :, :T], R[rows]
+        sampled_tokens, real = int(real.sum()), real[rows, :, :T]
         self.optimizer.param_groups[0]["lr"] = c.lr * rise(self.step) * (1 - self.step / c.steps)
         for epoch in range(c.epochs):
             with self.autocast():
-                logp = self.token_logp(self.model, tokens, valid, y).masked_fill(~fit_real, 0)        # (B, K, T)
+                logp = self.token_logp(self.model, tokens, valid, y).masked_fill(~real, 0)             # (B, K, T)
             if epoch == 0:
-                logp_old = logp.detach()      # not the sampler's: in bf16 its kernels round differently, and p = p_old fails
-            loss = (self.loss(logp.sum(-1), logp_old.sum(-1), fit_R) if self.grouped else    # the target q is inside tpo_loss
-                    self.loss(logp, logp_old, fit_R, mask=fit_real))
+                logp_old = logp.detach()      # not the sampler's: in bf16 its kernels round differently and p != p_old
+            loss = (self.loss(logp.sum(-1), logp_old.sum(-1), R) if self.grouped else       # q is built in tpo_loss
+                    self.loss(logp, logp_old, R, mask=real))
             (loss * rows.float().mean()).backward()                 # the groups left out count in the mean over groups
             metrics["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
             if not metrics["grad_norm"].isfinite():
-                raise FloatingPointError(f"gradient norm {metrics['grad_norm'].item()} at update {self.step}, epoch {epoch}")
+                raise FloatingPointError(f"gradient norm {metrics['grad_norm']:g} at update {self.step}, epoch {epoch}")
             self.optimizer.step()
             self.optimizer.zero_grad()
 
         metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))
-        for key, value in (("sample_tokens", int(real.sum())), ("sample_seconds", sampled - clock),
-                           ("train_tokens", c.epochs * int(valid.sum() + fit_real.sum())), ("train_seconds", time.time() - sampled)):
+        for key, value in dict(sample_tokens=sampled_tokens, sample_seconds=sampled - clock,
+                               train_tokens=c.epochs * int(valid.sum() + real.sum()),
+                               train_seconds=time.time() - sampled).items():
             self.tally[key] += value
         return metrics
 
@@ -426,14 +440,14 @@ class Trainer:
             generator = torch.Generator(self.device).manual_seed(0)
             with self.autocast():
                 y, real, _ = sample(self.model, tokens, valid, K, self.c.max_new_tokens, self.end, generator, greedy)
-            rates[name] = (score(self.task, self.enc, self.exam, y, real) == 1).float().mean().item()
+            rates[name] = (score(self.task, self.enc, self.exam, y) == 1).float().mean().item()
         return rates
 
     def warm_start(self, folder):
-        """Supervised steps on random answers: they teach the form and nothing of the solution. Cached for other runs."""
+        """Supervised steps on random answers: they teach the form, nothing of the solution. Cached for other runs."""
         c, clock = self.c, time.time()
-        key = (Path(__file__).read_text(), c.task, c.seed, c.layers, c.width, c.heads, c.kv_heads, c.warm_steps, str(self.device))
-        path = folder / f"warm-{c.task}-{c.seed}-{zlib.crc32(repr(key).encode()):08x}.pt"           # edited code warms up anew
+        key = (c.layers, c.width, c.heads, c.kv_heads, c.warm_steps, self.device, Path(__file__).read_text())
+        path = folder / f"warm-{c.task}-{c.seed}-{zlib.crc32(repr(key).encode()):08x}.pt"  # edited code warms up anew
         if path.exists():
             saved = load(path)
             self.model.load_state_dict(saved["model"])
@@ -445,11 +459,11 @@ class Trainer:
             tokens, valid = encode_prompts(self.enc, [text for text, _ in items], self.device)
             answers = [self.enc.encode_ordinary(self.task.guess(rng, key)) + [self.end] for _, key in items]
             T = max(map(len, answers))
-            y = torch.tensor([[a + [self.end] * (T - len(a))] for a in answers], device=self.device)                  # (64, 1, T)
-            real = (y == self.end).cumsum(-1) - (y == self.end).int() == 0             # the end token counts, padding does not
+            y = torch.tensor([[a + [self.end] * (T - len(a))] for a in answers], device=self.device)   # (64, 1, T)
             optimizer.param_groups[0]["lr"] = 2e-3 * rise(step)
             with self.autocast():
-                (-token_logp(self.model, tokens, valid, y)[real].mean()).backward()
+                loss = -token_logp(self.model, tokens, valid, y)[up_to_end(y, self.end)].mean()
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         self.seconds = time.time() - clock
@@ -464,7 +478,7 @@ class Trainer:
         saved = load(path)
         for name, value in asdict(self.c).items():
             if name not in ("resume", "plot", "out", "compile") and saved["config"][name] != value:
-                fail(f"--{name.replace('_', '-')} {value}: {path} was made with {saved['config'][name]}, and --resume must not change it")
+                fail(f"{flag_name(name)} {value}: --resume needs {saved['config'][name]} as in {path}")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.rng.setstate(saved["rng"])
@@ -472,17 +486,17 @@ class Trainer:
         self.step, self.seconds, self.recent, self.tally = (saved[k] for k in ("step", "seconds", "recent", "tally"))
 
     def run(self, folder, warm_folder):
-        """Warm start or resume, then updates; a checkpoint, an evaluation and a record every eval_every. Returns the records."""
+        """Warm start or resume, then updates, with a checkpoint and an evaluation every eval_every. Returns the log."""
         c, path, log, stop = self.c, folder / "checkpoint.pt", folder / "log.jsonl", []
         if c.resume and path.exists():
-            self.restore(path)                     # the evaluation follows its checkpoint: records from there on are redone
+            self.restore(path)                 # the evaluation follows its checkpoint: records from there on are redone
             records = [r for r in map(json.loads, log.read_text().splitlines()) if
                        r["kind"] == "config" or r.get("step", math.inf) < self.step + (r["kind"] == "update")]
         else:
             self.warm_start(warm_folder)
             records = [{"kind": "config", **asdict(c)}]
         params = sum(p.numel() for p in self.model.parameters())
-        print(f"{c.algo}: {params:,} parameters, {self.enc.n_vocab} tokens, {self.device}; e.g. {self.exam[0][0]!r}", flush=True)
+        print(f"{c.algo}: {params:,} parameters, {self.enc.n_vocab} tokens, {self.device}; e.g. {self.exam[0][0]!r}")
         begun, first, spent = time.time() - self.seconds, self.step, self.seconds
         handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
         write(log, "".join(json.dumps(r) + "\n" for r in records))
@@ -499,7 +513,8 @@ class Trainer:
             if stop:
                 fail(f"stopped after {self.step} updates; --resume continues from {path}", 130)
             if self.step % c.eval_every == 0 or self.step == c.steps:
-                means = {k: round(sum(m[k] for m in self.recent) / len(self.recent), 5) for k in (self.recent or [{}])[0]}
+                means = {k: round(sum(m[k] for m in self.recent) / len(self.recent), 5)
+                         for k in (self.recent or [{}])[0]}
                 record(kind="eval", step=self.step, seconds=round(self.seconds, 2), **self.evaluate(), **means,
                        sample_tok_s=self.rate("sample"), train_tok_s=self.rate("train"))
                 left = (self.seconds - spent) / max(self.step - first, 1) * (c.steps - self.step)
@@ -511,8 +526,8 @@ class Trainer:
                 self.recent.append(self.update())
             except FloatingPointError as error:
                 write(folder / "last-good.pt", self.state())
-                fail(f"{error}; the weights before it are in {folder / 'last-good.pt'}: try a lower --lr (now {c.lr}) or a "
-                     f"higher --eta (now {c.eta})", 1)
+                fail(f"{error}; the weights before it are in {folder / 'last-good.pt'}: try a lower --lr (now {c.lr}) "
+                     f"or a higher --eta (now {c.eta})", 1)
             self.step += 1
             record(kind="update", step=self.step, **{k: round(v, 5) for k, v in self.recent[-1].items()})
 
@@ -520,11 +535,12 @@ class Trainer:
             signal.signal(s, handler)
         evals = [r for r in records if r["kind"] == "eval"]
         before, after = evals[0]["pass1"], evals[-1]["pass1"]
+        greedy, seconds = evals[-1]["greedy"], round(time.time() - begun, 2)
         record(kind="result", task=c.task, algo=c.algo, seed=c.seed, params=params, steps=c.steps, pass1_before=before,
-               pass1_after=after, greedy_after=evals[-1]["greedy"], seconds=round(time.time() - begun, 2),
-               sample_tok_s=self.rate("sample"), train_tok_s=self.rate("train"), peak_mb=round(peak_mb(self.device)))
-        print(f"{c.algo} took {c.task} from {before:.1%} to {after:.1%} pass@1 (greedy {evals[-1]['greedy']:.1%}) on {len(self.exam)} "
-              f"{c.eval_set} puzzles in {c.steps} updates and {records[-1]['seconds']:.0f} s, warm start included")
+               pass1_after=after, greedy_after=greedy, seconds=seconds, sample_tok_s=self.rate("sample"),
+               train_tok_s=self.rate("train"), peak_mb=round(peak_mb(self.device)))
+        print(f"{c.algo} took {c.task} from {before:.1%} to {after:.1%} pass@1 (greedy {greedy:.1%}) on "
+              f"{len(self.exam)} {c.eval_set} puzzles in {c.steps} updates and {seconds:.0f} s, warm start included")
         return records
 
     def rate(self, phase):
@@ -534,8 +550,8 @@ class Trainer:
 @torch.no_grad()
 def diagnose(logp_old, R, c):
     """How far q asks the policy to move, and the anchor's health: what to look at before believing that TPO learns."""
-    q, anchor = tpo_target(logp_old, R, c.eta, c.anchor), (c.anchor * logp_old).softmax(-1)                    # (B, K)
-    shift = (q - anchor).abs().sum(-1)                                                                         # (B,)
+    q, anchor = tpo_target(logp_old, R, c.eta, c.anchor), (c.anchor * logp_old).softmax(-1)            # (B, K)
+    shift = (q - anchor).abs().sum(-1)                                                                 # (B,)
     return dict(reward=R.mean(), kl=torch.xlogy(q, q / anchor.clamp(min=1e-38)).sum(-1).mean(),
                 informative=(standardize(R) != 0).any(-1).float().mean(), anchor_max=anchor.amax(-1).mean(),
                 anchor_size=(1 / anchor.square().sum(-1)).mean(), anchor_shift=shift.mean(),
@@ -546,19 +562,19 @@ def line(r, steps, left):
     text = f"{r['step']:5d}/{steps}  pass@1 {r['pass1']:.3f}  greedy {r['greedy']:.3f}  {r['seconds']:4.0f} s"
     if "reward" not in r:
         return text + "  (after the warm start)"
-    return text + (f", {left:.0f} s left  reward {r['reward']:.3f}  KL(q||p) {r['kl']:.3f}  informative {r['informative']:.2f}  "
-                   f"entropy {r['entropy']:.3f}  anchor max {r['anchor_max']:.2f} size {r['anchor_size']:.1f}  "
-                   f"sample {r['sample_tok_s']:,} train {r['train_tok_s']:,} tok/s")
+    return text + (f", {left:.0f} s left  reward {r['reward']:.3f}  KL(q||p) {r['kl']:.3f}  "
+                   f"informative {r['informative']:.2f}  entropy {r['entropy']:.3f}  anchor max {r['anchor_max']:.2f} "
+                   f"size {r['anchor_size']:.1f}  sample {r['sample_tok_s']:,} train {r['train_tok_s']:,} tok/s")
 
 
-# --------------------------------------------------------------------------------------------------------- files and errors
+# ----------------------------------------------------------------------------------------------------- files and errors
 def fail(message, status=2):
     print(f"llm_rlvr.py: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 
 def write(path, value):
-    """Beside the file, flushed to disk, then renamed: path is the old file or the whole new one. str, or anything torch saves."""
+    """A str, or anything torch.save takes: written beside path, flushed to disk, renamed. Never half a file at path."""
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as f:
@@ -566,7 +582,7 @@ def write(path, value):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                                   # torch.save turns a full disk into RuntimeError
+    except (OSError, RuntimeError) as error:                            # torch.save turns a full disk into RuntimeError
         temporary.unlink(missing_ok=True)
         fail(f"cannot write {path} ({str(error).splitlines()[0]}); what stood there is intact", 1)
 
@@ -574,7 +590,7 @@ def write(path, value):
 def load(path):
     try:
         return torch.load(path, weights_only=True)
-    except Exception as error:                                                 # a truncated file raises one of many types
+    except Exception as error:                                               # a truncated file raises one of many types
         fail(f"{path} cannot be read ({type(error).__name__}): damaged, or not written by this script")
 
 
@@ -590,7 +606,11 @@ def pick_device(name):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"--device {name}: {str(error).splitlines()[0]}; allowed are auto, cpu, cuda, cuda:N and mps where the machine has it")
+        fail(f"--device {name}: {str(error).splitlines()[0]}; allowed are auto, cpu, cuda, cuda:N, mps, if present")
+
+
+def flag_name(name):
+    return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
@@ -602,11 +622,12 @@ def parse(argv):
     """Config from defaults, then the task's own defaults, then the flags."""
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f"{f.metadata['help']} [{f.default}]", **kind)
+        kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
+                {"type": f.type, "metavar": f.type.__name__})
+        parser.add_argument(flag_name(f.name), default=f.default, help=f"{f.metadata['help']} [{f.default}]", **kind)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        fail(f"{unknown[0]} is not a flag; the flags are {' '.join('--' + f.name.replace('_', '-') for f in fields(Config))}")
+        fail(f"{unknown[0]} is not a flag; the flags are {' '.join(flag_name(f.name) for f in fields(Config))}")
     if given.task not in TASKS:
         fail(f"--task {given.task}: allowed are {', '.join(TASKS)}")
     parser.set_defaults(**TASKS[given.task].defaults)
@@ -616,18 +637,19 @@ def parse(argv):
 def check(c):
     """One line and exit status 2 on a value that cannot work."""
     name, known = c.algo.split(":")[0], algorithms(c)
-    rules = [("algo", name in known, ", ".join(known)), ("eval_set", c.eval_set in ("heldout", "test"), "heldout, test")]
-    rules += [(f, getattr(c, f) >= 1, "1 or more") for f in ("steps", "prompts", "candidates", "epochs", "eval_every", "max_new_tokens",
-                                                             "layers", "width", "heads", "kv_heads")]
+    rules = [("algo", name in known, ", ".join(known)),
+             ("eval_set", c.eval_set in ("heldout", "test"), "heldout, test")]
+    rules += [(f, getattr(c, f) >= 1, "1 or more") for f in ("steps", "prompts", "candidates", "epochs", "eval_every",
+                                                             "max_new_tokens", "layers", "width", "heads", "kv_heads")]
     rules += [(f, getattr(c, f) >= 0, "0 or more") for f in ("anchor", "seed", "warm_steps")]
     rules += [(f, 0 < getattr(c, f) < math.inf, "numbers above 0") for f in ("lr", "eta")]
     for field_name, fine, allowed in rules:
         if not fine:
-            fail(f"--{field_name.replace('_', '-')} {getattr(c, field_name)}: allowed are {allowed}")
+            fail(f"{flag_name(field_name)} {getattr(c, field_name)}: allowed are {allowed}")
     if c.candidates < 2 and known[name][1]:
         fail(f"--candidates {c.candidates}: {name} compares the candidates of one prompt; allowed are 2 or more")
     if c.width % (2 * c.heads) or c.heads % c.kv_heads:
-        fail(f"--width {c.width}: allowed are multiples of twice --heads {c.heads}, itself a multiple of --kv-heads {c.kv_heads}")
+        fail(f"--width {c.width}: allowed are multiples of 2 x --heads {c.heads}, itself one of --kv-heads {c.kv_heads}")
     return c
 
 
@@ -637,10 +659,13 @@ def main(argv=None):
     runs = []
     for entry in entries:
         pairs = [change.partition("=") for change in entry.split(":")[1:]]
-        c = check(parse([*argv, *(word for name, _, value in pairs for word in (f"--{name}", value)), "--algo", entry]))
-        own = "{algo}" in c.out or len(entries) == 1                             # else the runs are subfolders of --out
-        folder = Path(c.out.replace("{task}", c.task).replace("{algo}", entry.replace(":", "-")).replace("{seed}", str(c.seed)))
-        runs.append((c, folder if own else folder / entry.replace(":", "-"), folder.parent if "{algo}" in c.out else folder))
+        c = check(parse([*argv, *(f"--{name}={value}" for name, _, value in pairs), "--algo", entry]))
+        label = entry.replace(":", "-")
+        folder = Path(c.out.replace("{task}", c.task).replace("{algo}", label).replace("{seed}", str(c.seed)))
+        warm_folder = folder.parent if "{algo}" in c.out else folder
+        if "{algo}" not in c.out and len(entries) > 1:                               # one --out for several: subfolders
+            folder = folder / label
+        runs.append((c, folder, warm_folder))
     if runs[0][0].plot:
         try:
             import matplotlib.pyplot as plt
@@ -653,14 +678,16 @@ def main(argv=None):
         except OSError as error:
             fail(f"--out {folder}: cannot be written ({error.strerror})")
     if runs[0][0].resume and not any((folder / "checkpoint.pt").exists() for _, folder, _ in runs):
-        fail(f"--resume: there is no {runs[0][1] / 'checkpoint.pt'}; leave --resume out, or name the run's folder with --out")
+        fail(f"--resume: there is no {runs[0][1] / 'checkpoint.pt'}; leave it out, or name the run's folder with --out")
     results = [Trainer(c).run(folder, warm_folder) for c, folder, warm_folder in runs]
     if len(results) > 1:
         print(f"\n{'algorithm':<28}{'before':>8}{'after':>8}{'greedy':>8}{'50% after':>20}{'90% after':>20}")
         for records in results:
             evals, r = [e for e in records if e["kind"] == "eval"], records[-1]
-            reach = [next((f"{e['step']} ({e['seconds']:.0f} s)" for e in evals if e["pass1"] >= bar), "-") for bar in (0.5, 0.9)]
-            print(f"{r['algo']:<28}{r['pass1_before']:>8.3f}{r['pass1_after']:>8.3f}{r['greedy_after']:>8.3f}{reach[0]:>20}{reach[1]:>20}")
+            half, most = (next((f"{e['step']} ({e['seconds']:.0f} s)" for e in evals if e["pass1"] >= bar), "-")
+                          for bar in (0.5, 0.9))
+            print(f"{r['algo']:<28}{r['pass1_before']:>8.3f}{r['pass1_after']:>8.3f}{r['greedy_after']:>8.3f}"
+                  f"{half:>20}{most:>20}")
     if runs[0][0].plot:
         figure, axis = plt.subplots()
         for records in results:
