@@ -1,10 +1,10 @@
 """The paper's bandits (arXiv 2604.06159, Figs. 2 to 4): where the gradient of TPO points, and what that buys.
 
-    python bandit.py                                        single and multi, 100 seeds: TODO s on 2 CPU cores
-    python bandit.py --task mnist --mechanism               MNIST, 20 seeds, six methods: TODO min on one core
-    python bandit.py --task mnist --algo tpo --seeds 2      a first look: TODO s
-The last line to expect (the first command; the step varies by none with the seeds fixed):
-    TODO
+    python bandit.py                                        single and multi, 100 seeds: 10 s on one CPU core
+    python bandit.py --task mnist --mechanism               MNIST, 20 seeds, six methods: about 15 min on one core
+    python bandit.py --task mnist --algo tpo --seeds 2      a first look: 30 s, ends near 2.9% test error
+The last line to expect from the first command:
+    multi: mean error below 1%: ce at step 680, tpo at step 698, grpo at step 756, dg at step 867, pg at step 968
 
 single  one context, 100 arms, reward 1 for arm 0; a step on 100 sampled actions.        error = 1 - pi(y)      Fig. 2
 multi   100 contexts x 10 arms, exact population gradients, one global step.             error = 1 - pi(y)      Fig. 3
@@ -20,6 +20,7 @@ import math
 import os
 import struct
 import sys
+import tempfile
 import time
 import urllib.request
 import zlib
@@ -33,40 +34,39 @@ import torch.nn.functional as F
 from baselines import grpo_loss
 from tpo import standardize, tpo_loss, tpo_target
 
-ALGOS = {"single": ("pg", "grpo", "dg", "tpo"),
-         "multi": ("ce", "pg", "grpo", "dg", "tpo"),
-         "mnist": ("ce", "pg", "grpo", "group_pg", "dg", "tpo")}
-EVERY = {"single": 1, "multi": 5, "mnist": 200}                      # steps between two evaluation records
-# What the paper's own code gives over 100 seeds (single, multi), or what the paper prints over 20 (mnist), at the
-# default settings: final error, first step below 1% error (mnist: 5%), misalignment (single, step 112).
+# The methods of each task, with final error, first step below 1% error (mnist: 5%) and misalignment at step 112 at the
+# default settings: by the paper's own code over 100 seeds (single, multi), as printed in the paper over 20 (mnist).
 REFERENCE = {
-    "single": {"pg": (1.0e-3, 125, 0.034), "dg": (5.3e-5, 97, 1.8e-4), "tpo": (5.1e-5, 97, 2.3e-7), "grpo": (2.7e-3, 104, 0.67)},
-    "multi": {"ce": (3.4e-4, 679), "tpo": (4.0e-4, 696), "grpo": (5.3e-4, 752), "dg": (2.1e-3, 860), "pg": (6.1e-3, 956)},
-    "mnist": {"tpo": (0.029, 1600), "dg": (None, 2200), "pg": (0.053,), "grpo": (0.059,), "group_pg": (0.072,)}}
+    "single": {"pg": (1.0e-3, 125, 0.034), "grpo": (2.7e-3, 104, 0.67), "dg": (5.3e-5, 97, 1.8e-4),
+               "tpo": (5.1e-5, 97, 2.3e-7)},                         # 2.3e-7 is as small as fp32 can show; ours is fp64
+    "multi": {"ce": (3.4e-4, 679, None), "pg": (6.1e-3, 956, None), "grpo": (5.3e-4, 752, None),
+              "dg": (2.1e-3, 860, None), "tpo": (4.0e-4, 696, None)},
+    "mnist": {"ce": (None, None, None), "pg": (0.053, None, None), "grpo": (0.059, None, None),
+              "group_pg": (0.072, None, None), "dg": (None, 2200, None), "tpo": (0.029, 1600, None)}}
+EVERY = {"single": 1, "multi": 5, "mnist": 200}                      # steps between two evaluation records
 BINS = (0, 0.25, 0.5, 0.75, 1)                                       # of the wrong mass's concentration, Fig. 4(b)
 MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
 
-def option(default, text):
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+def flag(default, help):
+    """A field that becomes a command-line flag; a dict holds one default per task and its flag sets them all."""
+    return field(default_factory=lambda: default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Config:
-    task: str = option("single,multi", "single, multi, mnist, a comma list of them, or all")
-    algo: str = option("all", "comma list of ce, pg, grpo, group_pg, dg, tpo, or all; a task runs those it knows")
-    seeds: dict = option({"single": 100, "multi": 100, "mnist": 20}, "number of seeds, run side by side")
-    steps: dict = option({"single": 150, "multi": 1000, "mnist": 10000}, "gradient steps")
-    eta: float = option(1.0, "temperature of TPO's target and of DG's gate, above 0")
-    data: str = option("data/mnist", "folder with the four MNIST .gz files; missing ones are downloaded into it")
-    mechanism: bool = option(False, "mnist: also measure Fig. 4(b) at step 2000 (or the last step, if that is earlier)")
-    out: str = option("", "write a JSON-lines log to this file")
-    plot: str = option("", "draw the curves into this .png file (needs matplotlib)")
+    task: str = flag("single,multi", "single, multi, mnist, a comma list of them, or all")
+    algo: str = flag("all", "comma list of ce, pg, grpo, group_pg, dg, tpo, or all; a task runs those it knows")
+    seeds: dict = flag({"single": 100, "multi": 100, "mnist": 20}, "number of seeds, run side by side")
+    steps: dict = flag({"single": 150, "multi": 1000, "mnist": 10000}, "gradient steps")
+    eta: float = flag(1.0, "temperature of TPO's target and of DG's gate, above 0")
+    data: str = flag("data/mnist", "folder with the four MNIST .gz files; missing ones are downloaded into it")
+    mechanism: bool = flag(False, "mnist: also measure Fig. 4(b) at step 2000 (or the last step, if that is earlier)")
+    out: str = flag("", "write a JSON-lines log to this file")
+    plot: str = flag("", "draw the curves into this .png file (needs matplotlib)")
 
 
-# ---- single: sampled gradients in logit space (Fig. 2) -----------------------------------------------------------------
+# ---- single: sampled gradients in logit space (Fig. 2) ---------------------------------------------------------------
 
 def sample(pi, uniform):
     """Actions by inverse CDF of pi (..., K) from uniform numbers (..., n)."""
@@ -98,7 +98,7 @@ def single(algo, seeds, steps, eta):
         logits += 0.1 * normalize(g)
 
 
-# ---- multi: exact gradients (Fig. 3) -----------------------------------------------------------------------------------
+# ---- multi: exact gradients (Fig. 3) ---------------------------------------------------------------------------------
 
 def beta(algo, p, eta):
     """The update is beta (e_y - pi) at correct-arm probability p, one of 10 arms."""
@@ -116,23 +116,24 @@ def beta_plus(p, eta):
 
 
 def multi(algo, seeds, steps, eta):
-    logits = torch.stack([torch.randn(100, 10, generator=rng, dtype=torch.float64) for rng in streams(seeds)])
-    e_y = F.one_hot(torch.tensor(0), 10)
+    logits = torch.stack([torch.randn(10, 100, generator=rng, dtype=torch.float64) for rng in streams(seeds)])
+    e_y = F.one_hot(torch.tensor(0), 10)[:, None]
+    pi = logits.softmax(1)                                              # (S, 10, 100): contexts last is 7 times faster
     for step in range(steps):
-        v = e_y - logits.softmax(-1)                                    # (S, 100, 10)
-        g = beta(algo, 1 - v[..., :1], eta) * v
+        v = e_y - pi
+        g = beta(algo, pi[:, :1], eta) * v
         logits += 0.1 * normalize(g.flatten(1)).view_as(g)              # one step for all contexts together
-        error = 1 - logits.softmax(-1)[..., 0]                          # (S, 100)
-        yield step, {"error": error.mean(-1), "misalignment": misalignment(g.flatten(1), v.flatten(1))}
+        pi = logits.softmax(1)
+        yield step, {"error": 1 - pi[:, 0].mean(-1), "misalignment": misalignment(g.flatten(1), v.flatten(1))}
 
 
-# ---- mnist: one sampled label per image (Fig. 4) -----------------------------------------------------------------------
+# ---- mnist: one sampled label per image (Fig. 4) ---------------------------------------------------------------------
 
 def mnist_loss(algo, logp, a, y, eta):
     """Per-seed losses, mean over the batch, summed over the S seeds. logp (S, B, 10); a, y (S, B)."""
     S, B, _ = logp.shape
     logp_a, r = logp.gather(-1, a[..., None])[..., 0], (a == y).float()          # (S, B)
-    A = r - logp.detach().exp().square().sum(-1)                                 # (S, B) baseline: chance of r if y ~ pi
+    A = r - logp.detach().exp().square().sum(-1)                                 # (S, B) baseline: E[r] if y ~ pi
     scores = A[..., None] * F.one_hot(a, 10)                                     # (S, B, 10)
     if algo == "tpo":
         return S * tpo_loss(logp, logp.detach(), scores, eta)                    # a group: the ten labels of an image
@@ -154,7 +155,7 @@ def mnist_update(algo, pi, y, eta):
     if algo == "ce":
         return e_y - pi
     if algo == "grpo":
-        r = (pi * e_y).sum(-1).mean(-1)[:, None, None]                           # (S, 1, 1) mean reward of a large batch
+        r = (pi * e_y).sum(-1).mean(-1)[:, None, None]                           # (S, 1, 1) mean reward of all N
     W = {"pg": lambda: A,
          "group_pg": lambda: 3 * A.sign(),                                       # u_a = 3 if A > 0, else -3
          "grpo": lambda: (e_y - r) / (r * (1 - r)).sqrt(),
@@ -167,7 +168,7 @@ def mnist_update(algo, pi, y, eta):
 def surplus(algo, pi, y, eta):
     """(S, 4): first-order gain in p_y of the expected update minus its one-vs-rest surrogate's, Fig. 4(b).
 
-    The surrogate spreads the wrong mass evenly, where every update is beta (e_y - pi). Mean over misclassified examples.
+    The surrogate spreads the wrong mass evenly, so that every update is beta (e_y - pi). Mean over misclassified ones.
     """
     e_y = F.one_hot(y, 10)
     p = (pi * e_y).sum(-1, keepdim=True)                                         # (S, N, 1)
@@ -178,11 +179,11 @@ def surplus(algo, pi, y, eta):
     c = (pi * (1 - e_y)).amax(-1) / (1 - p[..., 0])                              # (S, N) concentration, 1/9 to 1
     wrong = pi.argmax(-1) != y
     rows = [wrong & (low <= c) & (c < high) for low, high in zip(BINS, (*BINS[1:-1], 2))]     # c = 1 is in the last bin
-    return torch.stack([(gain * row).sum(-1) / row.sum(-1) for row in rows], -1)              # NaN: no such example
+    return torch.stack([gain.where(row, 0).sum(-1) / row.sum(-1) for row in rows], -1)        # NaN: no such example
 
 
 def network(rng, n_in):
-    """784-50-50-10: LeCun-normal weights (truncated at 2 sigma, as the paper's JAX code draws them), zero biases."""
+    """784-50-50-10: LeCun-normal weights truncated at 2 sigma, the default of JAX's flax, and zero biases."""
     for n, m in ((n_in, 50), (50, 50), (50, 10)):
         weight = torch.nn.init.trunc_normal_(torch.empty(n, m), std=1, a=-2, b=2, generator=rng)
         yield weight / 0.87962566 / n**0.5                                       # .88 is the truncated normal's sigma
@@ -206,9 +207,9 @@ def mnist(algo, seeds, steps, eta, data, mechanism_at):
     for done in range(0, steps, EVERY["mnist"]):
         n = min(EVERY["mnist"], steps - done)
         index = torch.stack([torch.randint(len(labels), (n, 100), generator=rng) for rng in rngs], 1)      # (n, S, B)
-        uniform = torch.stack([torch.rand(n, 100, 1, generator=rng) for rng in rngs], 1)                   # (n, S, B, 1)
+        uniform = torch.stack([torch.rand(n, 100, 1, generator=rng) for rng in rngs], 1)             # (n, S, B, 1)
         for i, z in zip(index, uniform):
-            x, y = images[i], labels[i]                                          # (S, B, 784), (S, B)
+            x, y = F.embedding(i, images), labels[i]                             # (S, B, 784), (S, B)
             logp = forward(params, x).log_softmax(-1)                            # (S, B, 10)
             a = sample(logp.detach().exp(), z)[..., 0]                           # (S, B)
             loss = mnist_loss(algo, logp, a, y, eta)
@@ -229,37 +230,36 @@ def mnist(algo, seeds, steps, eta, data, mechanism_at):
         yield step, metrics
 
 
-def read_idx(folder, name, ndim):
-    """The uint8 array in an IDX file: bytes 0, 0, 8 (uint8), ndim, then ndim big-endian sizes, then the data."""
+def read_idx(folder, name, *shape):
+    """The uint8 array of this shape from an IDX file: 0, 0, 8 (uint8), ndim as bytes, big-endian sizes, the data."""
     path = Path(folder) / name
     advice = f"get it by: curl --create-dirs -o {path} {MIRROR}{name}"
     if not path.exists():
+        print(f"downloading {MIRROR}{name}", flush=True)
         try:
-            print(f"downloading {MIRROR}{name}", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".part")
-            partial.write_bytes(urllib.request.urlopen(MIRROR + name, timeout=30).read())
-            os.replace(partial, path)
+            with urllib.request.urlopen(MIRROR + name, timeout=30) as response:
+                write(path, response.read())
         except (OSError, http.client.HTTPException) as error:
-            fail(f"--data: {path} is missing and its download failed ({error}); {advice}")
+            fail(f"--data {folder}: {path} is missing and its download failed ({error}); {advice}")
+    header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
     try:
         raw = gzip.decompress(path.read_bytes())
-        shape = struct.unpack(f">{ndim}I", raw[4:4 + 4 * ndim])
-        if raw[:4] != bytes((0, 0, 8, ndim)) or len(raw) != 4 + 4 * ndim + math.prod(shape):
-            raise ValueError(f"not {ndim}-dimensional uint8 data of the length it declares")
-    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        fail(f"--data: {path} is truncated or not the IDX file it should be ({error}); {advice}")
-    return torch.frombuffer(bytearray(raw[4 + 4 * ndim:]), dtype=torch.uint8).view(shape)
+        if raw[:len(header)] != header or len(raw) != len(header) + math.prod(shape):
+            raise ValueError(f"not uint8 data of shape {shape}")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        fail(f"--data {folder}: {path} is damaged or another file ({error}); {advice}")
+    return torch.frombuffer(bytearray(raw[len(header):]), dtype=torch.uint8).view(shape)
 
 
 def load_mnist(folder):
     """Images (N, 784) in [0, 1] and labels (N,), of the training and of the test set."""
-    for part in ("train", "t10k"):
-        yield read_idx(folder, f"{part}-images-idx3-ubyte.gz", 3).flatten(1) / 255
-        yield read_idx(folder, f"{part}-labels-idx1-ubyte.gz", 1).long()
+    for part, n in (("train", 60000), ("t10k", 10000)):
+        yield read_idx(folder, f"{part}-images-idx3-ubyte.gz", n, 28, 28).flatten(1) / 255
+        yield read_idx(folder, f"{part}-labels-idx1-ubyte.gz", n).long()
 
 
-# ---- shared by the three ----------------------------------------------------------------------------------------------
+# ---- shared by the three ---------------------------------------------------------------------------------------------
 
 def streams(seeds):
     return [torch.Generator().manual_seed(seed) for seed in range(seeds)]
@@ -270,47 +270,145 @@ def normalize(g):
 
 
 def misalignment(g, oracle):
-    return 1 - (normalize(g) * normalize(oracle)).sum(-1)
+    return (1 - (g * oracle).sum(-1) / (g.norm(dim=-1) * oracle.norm(dim=-1)).clamp(min=1e-30)).clamp(min=0)
 
 
 def mean_se(x):
-    """Mean and standard error over seeds, x (S,); None where there are too few."""
-    n = len(x)
-    return round6(x.mean()) if n else None, round6(x.std() / n**0.5) if n > 1 else None
+    """Mean and standard error over seeds, x (S,), in 6 digits; None where there are too few."""
+    six = lambda value: float(f"{value:.6g}")
+    return six(x.mean()) if len(x) else None, six(x.std() / len(x)**0.5) if len(x) > 1 else None
 
 
-def round6(x):
-    return float(f"{x:.6g}")
-
-
-def run(task, algo, cfg, log, data):
-    """Train all seeds of one method, log its evaluations and return its result record and misalignment to compare."""
+def run(task, algo, cfg, data):
+    """All seeds of one method: its records, the result last."""
     start, seeds, steps = time.time(), cfg.seeds[task], cfg.steps[task]
     if task == "mnist":
         curve = mnist(algo, seeds, steps, cfg.eta, data, min(2000, steps) if cfg.mechanism else None)
     else:
         curve = {"single": single, "multi": multi}[task](algo, seeds, steps, cfg.eta)
-    errors, misalignments = {}, {}
+    records, first, named = [], {}, {"task": task, "algo": algo}
     for step, metrics in curve:
-        (errors[step], error_se), (misalignments[step], se) = (mean_se(metrics[k]) for k in ("error", "misalignment"))
+        (error, error_se), (angle, angle_se) = mean_se(metrics["error"]), mean_se(metrics["misalignment"])
+        for bar in (0.01, 0.05):
+            if error < bar:
+                first.setdefault(bar, step)
         if task == "mnist" or step % EVERY[task] == 0 or step == steps - 1:
-            log(kind="eval", task=task, algo=algo, step=step, error=errors[step], error_se=error_se,
-                misalignment=misalignments[step], misalignment_se=se)
+            records.append({"kind": "eval", **named, "step": step, "error": error, "error_se": error_se,
+                            "misalignment": angle, "misalignment_se": angle_se})
         if "surplus" in metrics:
-            columns = [mean_se(x[~x.isnan()]) for x in metrics["surplus"].T]
-            log(kind="mechanism", task=task, algo=algo, step=step, bins=BINS, surplus=[mean for mean, _ in columns],
-                surplus_se=[se for _, se in columns])
-    first_below = lambda bar: next((step for step, error in errors.items() if error < bar), None)
-    result = dict(kind="result", task=task, algo=algo, seeds=seeds, final_error=errors[step], final_error_se=error_se,
-                  steps_to_1pct=first_below(0.01), final_misalignment=misalignments[step],
-                  seconds=round(time.time() - start, 2))
-    if task == "mnist":
-        result["steps_to_5pct"] = first_below(0.05)
-    return result, misalignments
+            means, ses = zip(*(mean_se(x[~x.isnan()]) for x in metrics["surplus"].T))
+            records.append({"kind": "mechanism", **named, "step": step, "surplus": means, "surplus_se": ses})
+    result = {"kind": "result", **named, "seeds": seeds, "final_error": error, "final_error_se": error_se,
+              "steps_to_1pct": first.get(0.01), "final_misalignment": angle, "seconds": round(time.time() - start, 2)}
+    return [*records, result | ({"steps_to_5pct": first.get(0.05)} if task == "mnist" else {})]
+
+
+def report(task, records, cfg):
+    """The task's table beside the reference, and what it says in a sentence."""
+    kind = lambda name: [r for r in records if r["kind"] == name]
+    goal, key = ("5%", "steps_to_5pct") if task == "mnist" else ("1%", "steps_to_1pct")
+    at = min(112, cfg.steps[task] - 1) if task == "single" else kind("eval")[-1]["step"]
+    angle = {r["algo"]: r["misalignment"] for r in kind("eval") if r["step"] == at}
+    text = lambda x: "-" if x is None else f"{x:.2g}" if isinstance(x, float) else str(x)
+    pair = lambda x, se: text(x) if se is None else f"{x:.2g} ± {se:.2g}"
+    print(f"\n{task}: seeds {cfg.seeds[task]}, steps {cfg.steps[task]}, eta {cfg.eta:g} "
+          f"(reference: {Config().seeds[task]}, {Config().steps[task]}, 1)")
+    table = [("", "final error ± s.e.", "reference", f"below {goal} at", "reference", f"1 - cos at {at}", "reference")]
+    for r in kind("result"):
+        error, step, misaligned = map(text, REFERENCE[task][r["algo"]])
+        table.append((r["algo"], pair(r["final_error"], r["final_error_se"]), error, text(r[key]), step,
+                      text(angle[r["algo"]]), misaligned, f"{r['seconds']:.1f} s"))
+    if kind("mechanism"):
+        table.append(("surplus", *(f"c in {low} to {high}" for low, high in zip(BINS, BINS[1:])), "reference"))
+    for r in kind("mechanism"):                                          # ce, pg, grpo, group_pg: 0 up to rounding
+        table.append((r["algo"], *map(pair, r["surplus"], r["surplus_se"]), "0.073" if r["algo"] == "tpo" else "-"))
+    widths = (9, 21, 21, 21, 21, 21, 11, 9)
+    for row in table:
+        print("".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, "<>>>>>>>", widths)))
+    reached = sorted((r[key], r["algo"]) for r in kind("result") if r[key] is not None)
+    reached = [f"{algo} at step {step}" for step, algo in reached]
+    reached += [f"{r['algo']} never" for r in kind("result") if r[key] is None]
+    print(f"{task}: mean error below {goal}: {', '.join(reached)}")
+
+
+# ---- files, flags and errors -----------------------------------------------------------------------------------------
+
+def fail(message):
+    print(f"bandit.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def write(path, data):
+    """Beside the file, then renamed: path is never half-written."""
+    temporary = Path(f"{path}.part")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def writable(path):
+    try:
+        tempfile.TemporaryFile(dir=Path(path).parent).close()
+        return not Path(path).is_dir()
+    except OSError:
+        return False
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(message)
+
+
+def parse(argv):
+    """Config, and the (task, algorithm) pairs to run."""
+    default, parser = Config(), Parser(prog="bandit.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    for f in fields(Config):
+        kind = int if f.type is dict else f.type
+        options = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        value = getattr(default, f.name)
+        parser.add_argument("--" + f.name, default=value, help=f"{f.metadata['help']} [{value or 'off'}]", **options)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        fail(f"{unknown[0]} is not a flag; the flags are {' '.join('--' + f.name for f in fields(Config))}")
+    for name in ("seeds", "steps"):
+        if isinstance(getattr(given, name), int):
+            setattr(given, name, dict.fromkeys(REFERENCE, getattr(given, name)))
+    cfg = Config(**vars(given))
+    known = list(REFERENCE["mnist"])
+    tasks = list(REFERENCE) if cfg.task == "all" else cfg.task.split(",")
+    algos = known if cfg.algo == "all" else cfg.algo.split(",")
+    runs = [(task, algo) for task in tasks for algo in REFERENCE.get(task, ()) if algo in algos]
+    in_tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in REFERENCE.items())
+    for name, fine, allowed in (
+            ("task", set(tasks) <= set(REFERENCE), f"all, or a comma list of {', '.join(REFERENCE)}"),
+            ("algo", set(algos) <= set(known), f"all, or a comma list of {', '.join(known)}"),
+            ("algo", runs, f"of --task {cfg.task} those named behind it in {in_tasks}"),
+            ("seeds", cfg.seeds["mnist"] >= 1, "whole numbers from 1"),
+            ("steps", cfg.steps["mnist"] >= 1, "whole numbers from 1"),
+            ("eta", 0 < cfg.eta < math.inf, "finite numbers above 0"),
+            ("mechanism", not cfg.mechanism or "mnist" in tasks, "tasks with mnist among them"),
+            ("out", not cfg.out or writable(cfg.out), "files in a folder you can write to"),
+            ("plot", not cfg.plot or writable(cfg.plot) and cfg.plot.endswith(".png"), ".png files in such a folder")):
+        if not fine:
+            value = getattr(cfg, name)
+            fail(f"--{name} {value['mnist'] if isinstance(value, dict) else value}: allowed are {allowed}")
+    return cfg, runs
 
 
 def main(argv=None):
-    raise NotImplementedError
+    cfg, runs = parse(argv)
+    draw = run_path(str(Path(__file__).parent / "results" / "plot.py"))["bandit"] if cfg.plot else None
+    tasks = list(dict.fromkeys(task for task, _ in runs))
+    data = list(load_mnist(cfg.data)) if "mnist" in tasks else None
+    records, results = [{"kind": "config", **asdict(cfg)}], []
+    for task, algo in runs:
+        *new, result = run(task, algo, cfg, data)
+        records, results = [*records, *new], [*results, result]
+        if cfg.out:                                                      # a crash costs only the method under way
+            write(cfg.out, "".join(json.dumps(r) + "\n" for r in records + results).encode())
+        if (task, algo) == [pair for pair in runs if pair[0] == task][-1]:
+            report(task, [r for r in records[1:] + results if r["task"] == task], cfg)
+    if draw:
+        draw(records + results, cfg.plot)
 
 
 if __name__ == "__main__":

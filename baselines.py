@@ -1,20 +1,20 @@
-"""The methods TPO is compared with, under tpo_loss's calling convention: loss(logp, logp_old, scores, ..., mask=None) -> scalar.
+"""The methods TPO is compared with, under tpo_loss's convention: loss(logp, logp_old, scores, ..., mask=None) -> scalar.
 
-Group losses take (..., K): summed log-probs of K candidates on the last axis; mask (..., K) marks the real candidates.
-Sample losses (pg, ppo, dg) take (B, K) summed or (B, K, T) token log-probs, with scores (B, K), or (B, K, T) when every
-token has its own reward; mask, of logp's shape, marks completion tokens. They sum over T and average over the B * K samples.
-B prompts, K candidates, T tokens. Old log-probs and scores carry no gradient. A = r - mean(r) over the batch, per position.
+Group losses take (..., K): summed log-probs of K candidates on the last axis; mask (..., K) marks real candidates.
+Sample losses (pg, ppo, dg) take (B, K) summed or (B, K, T) token log-probs, with scores (B, K), or (B, K, T) when each
+token has its own reward; mask, of logp's shape, marks completion tokens. Sum over T, mean over the B * K samples.
+B prompts, K candidates, T tokens. logp_old and scores carry no gradient. A = r - mean(r) over the batch, per position.
 
-name            update (loss, before the mean over prompts or samples)     difference from TPO               source
-tpo             -sum_i q_i log p_i, q ~ p_old exp(u / eta)                 -                                 2604.06159
-tpo_no_anchor   the same with q ~ exp(u / eta)                             forgets p_old in the target       2604.06159, Sec. 5
-group_pg        -sum_i u_i l_i                                             u as a weight: no fixed point     2604.06159, App.
-grpo            -sum_i min(rho u, clip(rho) u) + beta KL, rho = p / p_old  clip stops it, not a target       2402.03300
-grpo (beta=0)   the same without the KL penalty                            nothing holds it to pi_old        2402.03300
-grpo_masked     grpo, averaged over groups with sigma > 0 only             drops the anchor of equal groups  2604.06159, Sec. 5
-pg              -A l                                                       one sample, scalar weight         REINFORCE (1992)
-ppo             -min(rho A, clip(rho) A) per token                         one sample, clip per token        1707.06347
-dg              -sigmoid(A surprisal / eta) A l per token                  one sample, gated weight          2603.14608
+name           update (loss, before the mean over prompts or samples)    difference from TPO            source
+tpo            -sum_i q_i log p_i, q ~ p_old exp(u / eta)                -                              2604.06159
+tpo_no_anchor  the same with q ~ exp(u / eta)                            the target forgets p_old       2604.06159
+group_pg       -sum_i u_i l_i                                            u as a weight: no fixed point  2604.06159
+grpo           -sum_i min(rho u, clip(rho) u) + beta KL, rho = p / p_old stopped by a clip, no target   2402.03300
+grpo, beta=0   the same without the KL penalty                           nothing pulls back to pi_old   2402.03300
+grpo_masked    grpo, averaged over the groups with sigma > 0             equal groups do not pull back  2604.06159
+pg             -A l                                                      one sample, scalar weight      REINFORCE, 1992
+ppo            -min(rho A, clip(rho) A), per token                       one sample, clip per token     1707.06347
+dg             -sigmoid(A surprisal / eta) A l, per token                one sample, gated weight       2603.14608
 """
 import torch
 

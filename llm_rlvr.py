@@ -52,7 +52,7 @@ class Config:
     epochs: int = flag(1, "gradient steps per rollout batch")
     lr: float = flag(1e-3, "AdamW learning rate: rises over 30 updates, then falls linearly to 0")
     eta: float = flag(1.0, "temperature of the target (tpo, tpo_no_anchor) or of the gate (dg)")
-    anchor: float = flag(1.0, "alpha in q ~ p_old^alpha exp(u / eta): 1 is the paper, 0 the uniform anchor")
+    anchor: float = flag(0.25, "alpha in q ~ p_old^alpha exp(u / eta): 1 is the paper, 0 the uniform anchor")
     seed: int = flag(0, "of the weights, the training prompts and the sampling")
     eval_every: int = flag(50, "updates between evaluations; a checkpoint precedes each")
     eval_set: str = flag("heldout", "which 256 fixed puzzles to evaluate on: heldout, or test for final numbers")

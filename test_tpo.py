@@ -1,19 +1,26 @@
 """pytest: the mathematics of the losses, then the behaviour of each script, run as a user runs it."""
+import gzip
+import io
 import itertools
 import json
 import math
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import bandit
 import baselines
 import llm_rlvr
+from baselines import grpo_loss, pg_loss
 from tpo import standardize, tpo_loss, tpo_target, tpo_weights
 
 torch.manual_seed(0)
@@ -196,7 +203,7 @@ def test_pg_ppo_dg_formulas():
             pg -= A * l / 6
             ppo -= min(ratio * A, min(max(ratio, 0.8), 1.2) * A) / 6
             dg -= A * l / (1 + math.exp(A * l / 0.5)) / 6                   # sigmoid(A * surprisal / eta), surprisal = -l
-    assert baselines.pg_loss(logp, logp_old, scores, mask=mask).item() == pytest.approx(pg, rel=1e-5)
+    assert pg_loss(logp, logp_old, scores, mask=mask).item() == pytest.approx(pg, rel=1e-5)
     assert baselines.ppo_loss(logp, logp_old, scores, mask=mask).item() == pytest.approx(ppo, rel=1e-5)
     assert baselines.dg_loss(logp, logp_old, scores, eta=0.5, mask=mask).item() == pytest.approx(dg, rel=1e-5)
 
@@ -204,7 +211,7 @@ def test_pg_ppo_dg_formulas():
 def test_rewards_per_token_get_a_baseline_per_position():
     logp, scores = torch.randn(5, 1, 3), torch.rand(5, 1, 3)
     expected = -((scores - scores.mean(0, keepdim=True)) * logp).sum(-1).mean()
-    torch.testing.assert_close(baselines.pg_loss(logp, logp, scores), expected)
+    torch.testing.assert_close(pg_loss(logp, logp, scores), expected)
 
 
 def test_dg_gate_carries_no_gradient():
@@ -226,10 +233,10 @@ def test_grpo_formula():
             r = min(max(float(logp[b, k] - logp_old[b, k]), -20), 20)
             total -= min(math.exp(r) * u, min(max(math.exp(r), 0.8), 1.2) * u) - 0.04 * (math.exp(-r) + r - 1)
         per_prompt.append(total)
-    assert baselines.grpo_loss(logp, logp_old, scores).item() == pytest.approx(sum(per_prompt) / 2, rel=1e-6)
+    assert grpo_loss(logp, logp_old, scores).item() == pytest.approx(sum(per_prompt) / 2, rel=1e-6)
     assert baselines.grpo_masked_loss(logp, logp_old, scores).item() == pytest.approx(per_prompt[0], rel=1e-6)
     assert baselines.grpo_masked_loss(logp, logp_old, torch.ones(2, 4)).item() == 0
-    free = baselines.grpo_loss(logp[1:], logp_old[1:], scores[1:], beta=0.0)
+    free = grpo_loss(logp[1:], logp_old[1:], scores[1:], beta=0.0)
     assert free.item() == 0
 
 
@@ -245,7 +252,7 @@ def test_on_policy_group_gradients_differ_as_the_table_says():
     """On the first epoch GRPO's gradient is Group PG's, -u; TPO's is p - q: bounded, and zero at the target."""
     logp, _, scores = group(2, 6)
     same = logp.detach()
-    torch.testing.assert_close(grad(baselines.grpo_loss(logp, same, scores), logp), -standardize(scores) / 2)
+    torch.testing.assert_close(grad(grpo_loss(logp, same, scores), logp), -standardize(scores) / 2)
     assert grad(tpo_loss(logp, same, scores), logp).abs().sum(-1).max() <= 2 / 2
 
 
@@ -546,6 +553,317 @@ def test_a_small_run_learns(tmp_path):
                    "--prompts", "24", "--out", str(tmp_path), "--device", "cpu"])
     r = records(tmp_path)[-1]
     assert r["pass1_before"] < 0.12 and r["pass1_after"] > r["pass1_before"] + 5 * (0.2 * 0.8 / 1024) ** 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------- bandit.py
+CONFIDENT = torch.tensor([0.02, 0.001, 0.9, 0.005, 0.004, 0.03, 0.01, 0.02, 0.005, 0.005], dtype=torch.float64)
+
+
+def some_pi(*shape, scale=2.0, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, 10, generator=rng, dtype=torch.float64)).softmax(-1)
+
+
+def ascent(loss, pi):
+    """-dL/dlogits of loss(logp) at the logits log pi."""
+    logits = pi.log().requires_grad_()
+    loss(logits.log_softmax(-1)).backward()
+    return -logits.grad
+
+
+# Expected losses over the action at one context, reward 1{a = 0}: bandit.beta claims that each has g = beta (e_y - pi).
+def expected(weight):
+    """-sum_a pi_a W_a log pi_a with the weights W(logp) of all ten actions frozen."""
+    return lambda logp: -(logp.exp().detach() * weight(logp.detach()) * logp).sum()
+
+
+FIRST = F.one_hot(torch.tensor(0), 10).double()
+EXACT = {"ce": lambda eta: lambda logp: -logp[0],
+         "pg": lambda eta: expected(lambda logp: FIRST - logp.exp()[0]),
+         "grpo": lambda eta: expected(lambda l: (FIRST - l[0].exp()) / (l[0].exp() * (1 - l[0].exp())).sqrt()),
+         "dg": lambda eta: expected(lambda logp: FIRST * torch.sigmoid(-logp / eta)),
+         "tpo": lambda eta: lambda logp: tpo_loss(logp, logp.detach(), FIRST, eta)}
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("algo", EXACT)
+def test_bandit_closed_form_betas_are_the_losses_gradients(algo, eta):
+    for pi in (*some_pi(4), CONFIDENT, CONFIDENT.roll(-2)):
+        g = ascent(EXACT[algo](eta), pi)
+        assert torch.allclose(g, bandit.beta(algo, pi[0], eta) * (FIRST - pi), rtol=1e-9, atol=1e-12)
+
+
+def test_bandit_betas_of_pg_and_grpo_from_the_library_losses():
+    """20 candidates in exact proportion to pi turn the sample losses into population ones."""
+    counts = torch.tensor([4, 3, 3, 2, 2, 2, 1, 1, 1, 1])
+    pi, a = counts.double() / 20, torch.arange(10).repeat_interleave(counts)[None]                # (10,), (1, 20)
+    r = (a == 0).double()
+    g = ascent(lambda logp: pg_loss(logp[a], logp[a].detach(), r), pi)
+    assert torch.allclose(g, bandit.beta("pg", pi[0], 1.0) * (FIRST - pi))
+    g = ascent(lambda logp: grpo_loss(logp[a], logp[a].detach(), r) / 20, pi)
+    assert torch.allclose(g, bandit.beta("grpo", pi[0], 1.0) * (FIRST - pi))
+
+
+def test_bandit_beta_tpo_at_a_tenth_is_073():
+    assert float(bandit.beta("tpo", torch.tensor(0.1), 1.0)) == pytest.approx(0.73, abs=0.005)
+
+
+def test_bandit_single_gradients_are_the_losses_gradients():
+    pi, a = some_pi(1)[0], torch.randint(10, (100,), generator=torch.Generator().manual_seed(1))
+    r = (a == 0).double()
+    scores = torch.stack([((r - 0.5) * (a == arm)).mean() for arm in range(10)])
+    surprisal = -pi.log()[a]
+    weights = {"pg": r - 0.5, "grpo": (r - r.mean()) / (r.var(correction=0) + 1e-8).sqrt(),
+               "dg": (r - 0.5) * torch.sigmoid((r - 0.5) * surprisal / 2)}
+    losses = {algo: lambda logp, A=A: -(A * logp[a]).mean() for algo, A in weights.items()}
+    losses["tpo"] = lambda logp: tpo_loss(logp, logp.detach(), scores, 2.0)
+    for algo, loss in losses.items():
+        g = bandit.single_gradient(algo, pi[None], a[None], r[None], 2.0)[0]
+        assert torch.allclose(g, ascent(loss, pi), rtol=1e-9, atol=1e-12), algo
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.7])
+@pytest.mark.parametrize("algo", ["ce", "pg", "group_pg", "dg", "tpo"])
+def test_bandit_expected_mnist_updates_are_sums_over_all_ten_actions(algo, eta):
+    for pi in (*some_pi(5), CONFIDENT):
+        for y in (0, 2):
+            label = torch.tensor([[y]])
+            loss = lambda logp, a: bandit.mnist_loss(algo, logp[None, None], torch.tensor([[a]]), label, eta)
+            g = sum(pi[a] * ascent(lambda logp: loss(logp, a), pi) for a in range(10))
+            assert torch.allclose(bandit.mnist_update(algo, pi[None], label[0], eta)[0], g, rtol=1e-5, atol=1e-7)
+
+
+def test_bandit_expected_grpo_update_uses_the_reward_variance_of_the_batch():
+    pi, y = some_pi(1, 6), torch.tensor([0, 1, 2, 3, 4, 5])
+    p = pi[0, range(6), y]
+    sigma = (p.mean() * (1 - p.mean())).sqrt()
+    v = F.one_hot(y, 10) - pi[0]
+    assert torch.allclose(bandit.mnist_update("grpo", pi, y, 1.0)[0], p[:, None] * v / sigma)
+
+
+def test_bandit_grpo_mnist_loss_z_scores_the_batch_of_each_seed():
+    logp, y = some_pi(2, 5).log(), torch.tensor([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]])
+    a = torch.tensor([[0, 1, 9, 9, 9], [5, 9, 9, 9, 0]])                  # right: 1 1 0 0 0 and 1 0 0 0 0
+    r = (a == y).double()
+    A = (r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True, correction=0)
+    g = ascent(lambda logp: bandit.mnist_loss("grpo", logp, a, y, 1.0), logp.exp())
+    assert torch.allclose(g, A[..., None] * (F.one_hot(a, 10) - logp.exp()) / 5, rtol=1e-5, atol=1e-7)
+
+
+def spec_update(algo, p, y, eta):
+    """The updates of the paper's Appendix C, written out for one example; p is a list of ten probabilities."""
+    lam, b, sigmoid = math.exp(10 / 3 / eta), sum(x * x for x in p), lambda x: 1 / (1 + math.exp(-x))
+    e = lambda k: [float(i == k) - p[i] for i in range(10)]              # e_k - pi
+    if algo == "pg":
+        weight = {y: p[y]}
+    elif algo == "group_pg":
+        weight = {y: 6 * p[y]}
+    elif algo == "dg":
+        weight = {j: -b * p[j] * sigmoid(-b * math.log(1 / p[j]) / eta) for j in range(10)}
+        weight[y] = p[y] * (1 - b) * sigmoid((1 - b) * math.log(1 / p[y]) / eta)
+    else:
+        weight = {j: -p[j] * p[j] * (lam - 1) / (lam * (1 - p[j]) + p[j]) for j in range(10)}
+        weight[y] = p[y] * p[y] * (lam - 1) / (1 - p[y] + lam * p[y])
+    return [sum(w * e(k)[i] for k, w in weight.items()) for i in range(10)]
+
+
+def spec_surrogate(algo, p, eta):
+    lam, r, sigmoid = math.exp(10 / 3 / eta), (1 - p) / 9, lambda x: 1 / (1 + math.exp(-x))
+    b = p * p + 9 * r * r
+    return {"pg": p, "group_pg": 6 * p,
+            "dg": p * (1 - b) * sigmoid((1 - b) * math.log(1 / p) / eta) + p * b * sigmoid(-b * math.log(1 / r) / eta),
+            "tpo": p * p * (lam - 1) / (1 - p + lam * p) + p * r * (lam - 1) / (lam * (1 - r) + r)}[algo]
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.7])
+@pytest.mark.parametrize("algo", ["pg", "group_pg", "dg", "tpo"])
+def test_bandit_updates_and_surplus_are_appendix_c(algo, eta):
+    pi, y = torch.cat((some_pi(150), some_pi(150, scale=0.4, seed=1), CONFIDENT[None])), torch.arange(301) % 10
+    g = bandit.mnist_update(algo, pi[None], y, eta)[0]
+    assert torch.allclose(g, torch.tensor([spec_update(algo, p.tolist(), int(k), eta) for p, k in zip(pi, y)]).double(),
+                          rtol=1e-5, atol=1e-7)
+    binned = [[], [], [], []]
+    for p, k, row in zip(pi.tolist(), y.tolist(), g.tolist()):
+        wrong = [x for j, x in enumerate(p) if j != k]
+        if max(wrong) > p[k]:
+            v = [float(j == k) - x for j, x in enumerate(p)]
+            gain = p[k] * sum(x * u for x, u in zip(v, row))
+            surrogate = p[k] * spec_surrogate(algo, p[k], eta) * sum(x * x for x in v)
+            binned[min(3, int(max(wrong) / (1 - p[k]) * 4))].append(gain - surrogate)
+    assert all(binned)
+    means = torch.tensor([sum(b) / len(b) for b in binned], dtype=torch.float64)
+    assert torch.allclose(bandit.surplus(algo, pi[None], y, eta)[0], means, rtol=1e-5, atol=1e-9)
+    if algo == "tpo" and eta == 1:
+        assert means[3] > 4 * means[0].abs()                             # the paper: about 0, ..., .073
+    if algo == "dg" and eta == 1:
+        assert (means < 0).all()
+
+
+def test_bandit_surplus_skips_what_it_cannot_use():
+    """A certain and right example (p_y = 1 exactly) must not turn a bin into NaN; an empty bin is NaN."""
+    certain = (800 * FIRST).softmax(-1).clamp(min=1e-300)
+    confused = torch.tensor([0.001, 0.998] + [0.000125] * 8, dtype=torch.float64)         # c = .999
+    surplus = bandit.surplus("pg", torch.stack((certain, confused))[None], torch.tensor([0, 0]), 1.0)[0]
+    assert surplus[:3].isnan().all() and surplus[3].abs() < 1e-12
+
+
+def test_bandit_sample_draws_from_pi():
+    pi = some_pi(1)
+    u = torch.rand(1, 100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    share = torch.bincount(bandit.sample(pi, u)[0], minlength=10) / 100_000
+    assert (share - pi[0]).abs().max() < 5 * (0.25 / 100_000) ** 0.5     # five standard errors
+    assert bandit.sample(torch.full((1, 3), 1 / 3), torch.ones(1, 1)) == 2
+
+
+def test_bandit_single_ranks_the_methods_as_the_paper_does():
+    first = {}
+    for algo in ("pg", "grpo", "dg", "tpo"):
+        for step, m in bandit.single(algo, 5, 150, 1.0):
+            if m["error"].mean() < 0.01:
+                first.setdefault(algo, step)
+    assert max(first["tpo"], first["dg"]) < first["grpo"] < first["pg"]
+
+
+def test_bandit_multi_ranks_the_methods_as_the_paper_does():
+    algos = ("ce", "tpo", "grpo", "dg", "pg")
+    errors = [[m["error"].mean() for _, m in bandit.multi(algo, 5, 700, 1.0)][-1] for algo in algos]
+    assert errors == sorted(errors) and errors[1] < 0.012 < errors[2]
+
+
+def test_bandit_misalignment_is_zero_along_the_oracle_and_one_without_a_gradient():
+    v = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    oracle = torch.tensor([[2.0, 4.0], [1.0, 0.0]])
+    assert torch.allclose(bandit.misalignment(v, oracle), torch.tensor([0.0, 1.0]), atol=1e-6)
+
+
+def fake_mnist():
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.randint(10, (500,), generator=rng)
+    images = torch.rand(500, 784, generator=rng) * 0.1 + F.one_hot(labels, 784)           # learnable: pixel y is bright
+    return images, labels, images[:100], labels[:100]
+
+
+@pytest.mark.parametrize("algo", bandit.REFERENCE["mnist"])
+def test_bandit_seeds_of_a_batch_are_independent(algo):
+    """Seed s gives the same run whatever runs beside it."""
+    for task in ("single", "multi"):
+        if algo in bandit.REFERENCE[task]:
+            alone, beside = (list(getattr(bandit, task)(algo, seeds, 20, 1.0)) for seeds in (2, 4))
+            for (_, a), (_, b) in zip(alone, beside):
+                assert torch.allclose(a["error"], b["error"][:2], rtol=1e-9)
+    data = fake_mnist()
+    alone, beside = (list(bandit.mnist(algo, seeds, 60, 1.0, data, None)) for seeds in (1, 3))
+    assert torch.allclose(alone[-1][1]["misalignment"], beside[-1][1]["misalignment"][:1], atol=1e-4)
+    assert algo == "ce" or beside[-1][1]["misalignment"].unique().numel() == 3            # ce: 0 for each
+
+
+def test_bandit_mnist_learns():
+    *_, (step, m) = bandit.mnist("tpo", 2, 500, 1.0, fake_mnist(), 500)
+    assert step == 500 and (m["error"] < 0.3).all() and m["surplus"].shape == (2, 4)
+
+
+def idx(shape, kind=8):
+    header = struct.pack(f">4B{len(shape)}I", 0, 0, kind, len(shape), *shape)
+    return gzip.compress(header + bytes(range(math.prod(shape))))
+
+
+def test_bandit_reads_idx(tmp_path):
+    (tmp_path / "a.gz").write_bytes(idx((2, 3, 4)))
+    assert torch.equal(bandit.read_idx(tmp_path, "a.gz", 2, 3, 4), torch.arange(24, dtype=torch.uint8).view(2, 3, 4))
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"<html>not found</html>", idx((2, 3, 4))[:-9], gzip.compress(b"\0\0"), idx((24,)), idx((3, 2, 4)),
+    idx((2, 3, 4), kind=9), gzip.compress(gzip.decompress(idx((2, 3, 4))) + b"x")])
+def test_bandit_damaged_and_wrong_idx_files_are_one_line(tmp_path, capsys, content):
+    (tmp_path / "a.gz").write_bytes(content)
+    with pytest.raises(SystemExit) as exit:
+        bandit.read_idx(tmp_path, "a.gz", 2, 3, 4)
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and err.count("\n") == 1
+    assert f"{tmp_path}/a.gz is damaged" in err and "curl" in err and bandit.MIRROR + "a.gz" in err
+
+
+def offline(url, timeout):
+    raise urllib.error.URLError("offline")
+
+
+def test_bandit_missing_mnist_is_downloaded_or_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    with pytest.raises(SystemExit) as exit:
+        bandit.main(["--task", "mnist", "--data", str(tmp_path / "new")])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1
+    assert "train-images-idx3-ubyte.gz is missing" in err and "offline" in err and "curl" in err
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(idx((2, 3, 4))))
+    assert bandit.read_idx(tmp_path / "new", "a.gz", 2, 3, 4).shape == (2, 3, 4)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.gz"]                     # no temporary file stays
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--task", "double"], ("--task double", "single, multi, mnist")),
+    (["--algo", "tpo,ppo"], ("--algo tpo,ppo", "group_pg")),
+    (["--task", "single", "--algo", "ce"], ("--algo ce", "pg, grpo, dg, tpo")),
+    (["--seeds", "0"], ("--seeds 0", "from 1")),
+    (["--seeds", "many"], ("--seeds", "many", "int")),
+    (["--steps", "-1"], ("--steps -1", "from 1")),
+    (["--eta", "0"], ("--eta 0", "above 0")),
+    (["--eta", "nan"], ("--eta nan", "above 0")),
+    (["--eta", "inf"], ("--eta inf", "finite")),
+    (["--out", "no/such/folder/log.jsonl"], ("--out no/such/folder/log.jsonl", "folder")),
+    (["--out", "/"], ("--out /", "folder")),
+    (["--plot", "figure.pdf"], ("--plot figure.pdf", ".png")),
+    (["--mechanism"], ("--mechanism", "mnist")),
+    (["--tasks", "single"], ("--tasks", "--task", "--eta"))])
+def test_bandit_wrong_flags_are_one_line_and_status_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        bandit.main(argv)
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and not out and err.count("\n") == 1 and all(word in err for word in words), err
+
+
+def test_bandit_main_writes_config_evals_and_results(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    bandit.main(["--seeds", "3", "--steps", "6", "--eta", "0.5", "--out", str(log)])
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert records[0]["kind"] == "config" and records[0]["eta"] == 0.5 and records[0]["seeds"]["multi"] == 3
+    assert {r["kind"] for r in records[1:-9]} == {"eval"} and {r["kind"] for r in records[-9:]} == {"result"}
+    assert list(records[-1]) == ["kind", "task", "algo", "seeds", "final_error", "final_error_se", "steps_to_1pct",
+                                 "final_misalignment", "seconds"]
+    errors = [m["error"] for _, m in bandit.multi("tpo", 3, 6, 0.5)]
+    assert records[-1]["final_error"] == pytest.approx(float(errors[-1].mean()), rel=1e-5)
+    assert records[-1]["final_error_se"] == pytest.approx(float(errors[-1].std() / 3 ** 0.5), rel=1e-5)
+    assert records[-1]["steps_to_1pct"] is None and [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+    out = capsys.readouterr().out
+    assert "0.034" in out
+    assert out.endswith("multi: mean error below 1%: ce never, pg never, grpo never, dg never, tpo never\n")
+
+
+def test_bandit_reports_the_first_step_below_each_bar(monkeypatch):
+    curve = [(200, 0.06), (400, 0.049), (600, 0.051), (800, 0.0099), (1000, 0.02)]
+    metrics = lambda e: {"error": torch.tensor([e, e + 2e-5]), "misalignment": torch.tensor([0.1, 0.3])}
+    monkeypatch.setattr(bandit, "mnist", lambda *args: ((step, metrics(e)) for step, e in curve))
+    *evals, result = bandit.run("mnist", "tpo", bandit.Config(), None)
+    assert (result["steps_to_5pct"], result["steps_to_1pct"]) == (400, 800)
+    assert len(evals) == 5 and result["final_misalignment"] == pytest.approx(0.2)
+
+
+def test_bandit_mnist_run_from_files(tmp_path, capsys, monkeypatch):
+    images, labels, *test = fake_mnist()
+    monkeypatch.setattr(bandit, "load_mnist", lambda folder: (images, labels, *test))
+    log = tmp_path / "log.jsonl"
+    bandit.main("--task mnist --algo dg,tpo --seeds 2 --steps 10 --mechanism --out".split() + [str(log)])
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [r["kind"] for r in records] == ["config", "eval", "mechanism", "eval", "mechanism", "result", "result"]
+    assert records[-1]["steps_to_5pct"] is None and len(records[2]["surplus"]) == 4
+    out = capsys.readouterr().out
+    assert "seed-steps/s" in out and "s left" in out and "0.073" in out
+
+
+def test_bandit_plot_draws_every_task_of_the_run(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    bandit.main(["--seeds", "1", "--steps", "20", "--plot", str(tmp_path / "figure.png")])
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # ------------------------------------------------------------------------------------------------------------------- CUDA

@@ -1,23 +1,23 @@
 """Target Policy Optimization (Kaddour, arXiv 2604.06159) in PyTorch. Needs nothing but torch: copy this file.
 
-Groups lie on the last axis: K candidates y_i ~ pi_old(.|x) with scores s_i. Any leading axes; losses are means over groups.
-    u = (s - mean(s)) / sigma(s)                    population sigma; u = 0 where the scores are equal
-    p_i = softmax_i(l),  l_i = log pi(y_i|x)                                                        (Eq. 1)
-    q_i = p_i^old exp(u_i / eta) / Z                the target, without gradient                    (Eq. 2)
-    L = -sum_i q_i log p_i,  dL/dl_i = p_i - q_i    vanishes once the policy matches the target     (Eq. 3)
-All arguments are (..., K), mask is bool with True = a real candidate, and the shapes must be equal (else ValueError).
-Computed in fp32 (fp64 stays fp64). A non-finite score makes its whole group NaN: checking would make a GPU wait.
+A group is K candidates y_i ~ pi_old(.|x) with scores s_i. All arguments are (..., K), or ValueError; mask is bool, True
+for a real candidate; losses are means over groups; fp32 inside (fp64 stays fp64).
+    u = (s - mean(s)) / sigma(s)                   population sigma; u = 0 where all scores are equal
+    p_i = softmax_i(l),  l_i = log pi(y_i|x)                                                       (Eq. 1)
+    q_i ~ p_i^old exp(u_i / eta)                   the target, without gradient                    (Eq. 2)
+    L = -sum_i q_i log p_i,  dL/dl_i = p_i - q_i   vanishes once the policy matches the target     (Eq. 3)
+A non-finite score turns its whole group into NaN; raising an error would make a GPU wait for the check.
 
-Sequences: pass l = the fp32 sum of the completion's token log-probs, end token included, prompt and padding not. Over
-hundreds of tokens the l_i of a group differ by tens of nats while |u| <= sqrt(K - 1), so p_old is one-hot, q = p_old, and
-nothing is learnt. `anchor` = alpha < 1 (ours) uses the logits z = l - (1 - alpha) l_old, hence q ~ exp(alpha l_old + u / eta):
-the same fixed point l = l_old + u / eta + const, reached another way. 1 is the paper, 0 anchors on the uniform distribution.
+Sequences: l is the fp32 sum of the completion's token log-probs, end token included, prompt and padding not. Over
+hundreds of tokens the l_i differ by tens of nats while |u| <= sqrt(K - 1): p_old is one-hot, q = p_old, nothing is
+learnt. `anchor` = alpha < 1 (ours) takes the logits z = l - (1 - alpha) l_old, so q ~ exp(alpha l_old + u / eta): another
+road to the same fixed point l = l_old + u / eta + const. alpha = 1 is the paper, 0 anchors on the uniform distribution.
 """
 import torch
 
 
 def standardize(scores, mask=None):
-    """u (..., K): z-scores within each group by its population sigma; differences below 1e-6 max|s| are float noise: u = 0."""
+    """u (..., K), the z-scores within each group. Scores within 1e-6 max|s| of their mean are float noise: u = 0."""
     s, mask = _prepare(scores, mask)
     count = mask.sum(-1, keepdim=True).clamp(min=1)
     s = s.masked_fill(~mask, 0)
@@ -35,7 +35,7 @@ def tpo_target(logp_old, scores, eta=1.0, anchor=1.0, mask=None):
 
 
 def tpo_loss(logp, logp_old, scores, eta=1.0, anchor=1.0, mask=None):
-    """Cross-entropy to the target, Eq. 3, mean over groups: a scalar whose floor is q's entropy, so watch KL(q || p)."""
+    """Cross-entropy to the target, Eq. 3: a scalar whose floor is q's entropy, so watch KL(q || p) instead."""
     q = tpo_target(logp_old, scores, eta, anchor, mask)
     _, mask, logp, logp_old = _prepare(scores, mask, logp, logp_old)
     return -(q * _log_softmax(logp - (1 - anchor) * logp_old.detach(), mask)).sum(-1).mean()
@@ -45,7 +45,7 @@ def tpo_loss(logp, logp_old, scores, eta=1.0, anchor=1.0, mask=None):
 def tpo_weights(logp, logp_old, scores, eta=1.0, anchor=1.0, mask=None):
     """w (..., K) = (p - q) / number of groups, detached: (w * logp).sum() has the gradient of tpo_loss.
 
-    So a group may be split over micro-batches, -w serves as a per-sample advantage, and rows with w = 0 need no backward.
+    So a group may be split over micro-batches, -w can be a per-sample advantage, and rows with w = 0 need no backward.
     """
     q = tpo_target(logp_old, scores, eta, anchor, mask)
     _, mask, logp, logp_old = _prepare(scores, mask, logp, logp_old)

@@ -14,10 +14,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TASKS = "knights_knaves", "graph_color"
 ALGOS = "tpo:anchor=1", "tpo:anchor=0.25", "tpo:anchor=0", "grpo", "dg", "ppo", "pg"
-STEPS = 400
-TUNE = dict(file=HERE / "llm_tune.jsonl", flags=f"--steps {STEPS // 2} --eval-set heldout", seeds=[100])
+STEPS = 200
+TUNE = dict(file=HERE / "llm_tune.jsonl", flags=f"--steps {STEPS} --eval-set heldout", seeds=[100])
 RECORD = dict(file=HERE / "llm_compare.jsonl", flags=f"--steps {STEPS} --eval-set test", seeds=[0, 1, 2, 3, 4])
-GRID = [f"lr={lr}:epochs={epochs}" for lr, epochs in ((5e-4, 1), (1e-3, 1), (2e-3, 1), (1e-3, 2))]
+GRID = [f"lr={lr}:epochs={epochs}" for lr, epochs in ((5e-4, 1), (1e-3, 1), (2e-3, 1), (1e-3, 2), (5e-4, 4))]
 COMMON = "--prompts 16 --eval-every 25 --device cpu"
 
 

@@ -1,0 +1,63 @@
+"""Draw results/*.jsonl as PNGs beside them: python results/plot.py [FILE.jsonl ...]"""
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+
+try:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError:
+    raise SystemExit("plots need matplotlib: pip install matplotlib")
+
+NAMES = {"tpo": ("TPO", "#d62728"), "grpo": ("GRPO", "#ff7f0e"), "pg": ("PG", "#1f77b4"), "dg": ("DG", "#2ca02c"),
+         "group_pg": ("Group PG", "#9467bd"), "ce": ("CE", "#7f7f7f")}
+TITLES = {"single": "1 context, 100 arms", "multi": "100 contexts, 10 arms", "mnist": "MNIST"}
+
+
+def bandit(records, path):
+    """Error and misalignment of the bandit tasks in the records, a row per task: mean over seeds, band of one s.e."""
+    evals = [r for r in records if r["kind"] == "eval"]
+    seeds = {r["task"]: r["seeds"] for r in records if r["kind"] == "result"}
+    figure, rows = plt.subplots(len(seeds), 2, figsize=(10, 3.6 * len(seeds)), squeeze=False, layout="constrained")
+    for task, row in zip(seeds, rows):
+        for axis, key in zip(row, ("error", "misalignment")):
+            n = 10 if (task, key) == ("single", "misalignment") else 1      # at the end it hangs on rare samples
+            curves = {}
+            for r in evals:
+                if r["task"] == task and (r["algo"], key) != ("ce", "misalignment"):                # 0 by definition
+                    curves.setdefault(r["algo"], []).append((r["step"], r[key], r[key + "_se"] or 0))
+            draw(axis, {algo: [tuple(map(mean, zip(*points[i:i + n]))) for i in range(0, len(points), n)]
+                        for algo, points in curves.items()}, floor=1e-8)
+            axis.set_xlabel("step")
+            note = f", mean of {n} steps" if n > 1 else ""
+            axis.set_title(f"{TITLES[task]}, {seeds[task]} seeds: {key}{note}", fontsize=10)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+def draw(axis, curves, floor):
+    """Curves {algo: [(x, mean, s.e.), ...]} on a log axis that ends at the floor, each labelled at its end."""
+    axis.set_yscale("log")
+    for algo, points in curves.items():
+        x, y, se = zip(*points)
+        low, high = ([max(m + sign * s, floor / 10) for m, s in zip(y, se)] for sign in (-1, 1))
+        axis.plot(x, [max(m, floor / 10) for m in y], color=NAMES[algo][1], linewidth=2)
+        axis.fill_between(x, low, high, color=NAMES[algo][1], alpha=0.2, linewidth=0)
+    axis.margins(x=0)
+    axis.set_ylim(bottom=max(floor, axis.get_ylim()[0]))
+    axis.spines[["top", "right"]].set_visible(False)
+    to_height = lambda y: (axis.transData + axis.transAxes.inverted()).transform((0, max(y, floor)))[1]
+    labels = sorted([to_height(points[-1][1]), algo] for algo, points in curves.items())
+    for _ in range(100):                                                    # push labels that overlap apart
+        for below, above in zip(labels, labels[1:]):
+            push = max(0, 0.07 - above[0] + below[0]) / 2
+            below[0], above[0] = below[0] - push, above[0] + push
+    for height, algo in labels:
+        axis.text(1.02, height, NAMES[algo][0], color=NAMES[algo][1], transform=axis.transAxes, va="center")
+
+
+if __name__ == "__main__":
+    for log in map(Path, sys.argv[1:] or sorted(Path(__file__).parent.glob("bandit_*.jsonl"))):
+        bandit([json.loads(line) for line in log.read_text().splitlines()], log.with_suffix(".png"))
