@@ -2,7 +2,7 @@
 import json
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 try:
     import matplotlib
@@ -37,6 +37,25 @@ def bandit(records, path):
     print(f"wrote {path}")
 
 
+def llm(records, path):
+    """pass@1 of llm_rlvr.py's runs against updates: mean over seeds, band of one s.e."""
+    rates = {}
+    for r in records:
+        if r["kind"] == "eval":
+            rates.setdefault(r["step"], []).append(r["pass1"])
+    n = len(rates[0])
+    y, se = zip(*((mean(v), stdev(v) / n**0.5 if n > 1 else 0) for v in rates.values()))
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    axis.plot(list(rates), y, color=NAMES["tpo"][1], linewidth=2)
+    axis.fill_between(list(rates), [a - b for a, b in zip(y, se)], [a + b for a, b in zip(y, se)], color=NAMES["tpo"][1],
+                      alpha=0.2, linewidth=0)
+    axis.set(xlabel="update", ylim=(0, 1), xlim=(0, max(rates)))
+    axis.set_title(f"python llm_rlvr.py --algo tpo: held-out pass@1, {n} seeds", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
 def draw(axis, curves, floor):
     """Curves {algo: [(x, mean, s.e.), ...]} on a log axis that ends at the floor, each labelled at its end."""
     axis.set_yscale("log")
@@ -59,5 +78,7 @@ def draw(axis, curves, floor):
 
 
 if __name__ == "__main__":
-    for log in map(Path, sys.argv[1:] or sorted(Path(__file__).parent.glob("bandit_*.jsonl"))):
-        bandit([json.loads(line) for line in log.read_text().splitlines()], log.with_suffix(".png"))
+    here = Path(__file__).parent
+    for log in map(Path, sys.argv[1:] or [*sorted(here.glob("bandit_*.jsonl")), here / "llm_default.jsonl"]):
+        figure = llm if log.name.startswith("llm") else bandit
+        figure([json.loads(line) for line in log.read_text().splitlines()], log.with_suffix(".png"))
