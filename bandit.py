@@ -1,7 +1,7 @@
 """The paper's bandits (arXiv 2604.06159, Figs. 2 to 4): where the gradient of TPO points, and what that buys.
 
     python bandit.py                                        single and multi, 100 seeds: 10 s on one CPU core
-    python bandit.py --task mnist --mechanism               MNIST, 20 seeds, six methods: about 15 min on one core
+    python bandit.py --task mnist --mechanism               MNIST, 20 seeds, six methods: 15 min on one core
     python bandit.py --task mnist --algo tpo --seeds 2      a first look: 30 s, ends near 2.9% test error
 The last line to expect from the first command:
     multi: mean error below 1%: ce at step 680, tpo at step 698, grpo at step 756, dg at step 867, pg at step 968
@@ -398,6 +398,8 @@ def main(argv=None):
     cfg, runs = parse(argv)
     draw = run_path(str(Path(__file__).parent / "results" / "plot.py"))["bandit"] if cfg.plot else None
     tasks = list(dict.fromkeys(task for task, _ in runs))
+    if "mnist" not in tasks:
+        print("not among these: MNIST (Fig. 4), python bandit.py --task mnist, 15 minutes on one core")
     data = list(load_mnist(cfg.data)) if "mnist" in tasks else None
     records, results = [{"kind": "config", **asdict(cfg)}], []
     for task, algo in runs:

@@ -1,12 +1,13 @@
 """RL with verifiable rewards on a small GPT by Target Policy Optimization (Kaddour, arXiv 2604.06159).
 
-    python llm_rlvr.py --algo tpo                                 TIMING
+    python llm_rlvr.py --algo tpo                                 2.5 minutes on two CPU cores
     python llm_rlvr.py --algo tpo,grpo,dg                         each from the same warm start, then one table
     python llm_rlvr.py --algo tpo,tpo:anchor=0.25,grpo:lr=1e-3    settings of one run behind its name
     python llm_rlvr.py --task graph_color                         another task; --help lists every flag
     python llm_rlvr.py --algo tpo --resume                        go on after Ctrl-C or a crash
 
-The last line to expect from the first command: EXPECT
+The last line to expect from the first command, with other digits for other seeds:
+    tpo took knights_knaves from 2.4% to 92.2% pass@1 (greedy 93.4%) on 256 heldout puzzles in 1000 updates and 149 s, ...
 Logs and the checkpoint go to out/<task>-<algo>-<seed>/. The algorithm is Trainer.update; the rest is what it needs.
 """
 import argparse

@@ -190,6 +190,13 @@ def test_shape_errors_name_both_shapes(call):
         call()
 
 
+def test_readme_shows_the_code_of_tpo_py():
+    root = Path(__file__).parent
+    shown = (root / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = (root / "tpo.py").read_text()
+    assert "def tpo_loss" in shown and all(part.strip() in code for part in shown.split("\n\n\n"))
+
+
 # --------------------------------------------------------------------------------------------------------- baselines.py
 def test_pg_ppo_dg_formulas():
     """Against loops over B prompts, K candidates and T tokens; the last token of sample (1, 2) is padding."""
