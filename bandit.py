@@ -406,7 +406,10 @@ def main(argv=None):
         *new, result = run(task, algo, cfg, data)
         records, results = [*records, *new], [*results, result]
         if cfg.out:                                                      # a crash costs only the method under way
-            write(cfg.out, "".join(json.dumps(r) + "\n" for r in records + results).encode())
+            try:
+                write(cfg.out, "".join(json.dumps(r) + "\n" for r in records + results).encode())
+            except OSError as error:
+                fail(f"--out {cfg.out}: cannot be written ({error.strerror}); what stood there is intact")
         if (task, algo) == [pair for pair in runs if pair[0] == task][-1]:
             report(task, [r for r in records[1:] + results if r["task"] == task], cfg)
     if draw:
