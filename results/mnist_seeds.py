@@ -1,6 +1,6 @@
 """Final MNIST test error of each single seed, for methods whose mean hides two kinds of runs.
 
-    python results/mnist_seeds.py group_pg grpo > results/mnist_seeds.txt      seeds 20 to 59, --data's default folder
+    python results/mnist_seeds.py group_pg grpo | grep mean > results/mnist_seeds.txt      seeds 20 to 59, data in data/mnist
 """
 import sys
 from pathlib import Path
