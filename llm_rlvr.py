@@ -6,7 +6,7 @@
     python llm_rlvr.py --task graph_color                         another task; --help lists every flag
     python llm_rlvr.py --algo tpo --resume                        go on after Ctrl-C or a crash
 
-The last line to expect from the first command, with other digits for other seeds:
+The last line to expect from the first command (seed 0; seeds 1 and 2 end at 76.9% and 87.1%):
     tpo took knights_knaves from 2.4% to 92.2% pass@1 (greedy 93.4%) on 256 heldout puzzles in 1000 updates and 149 s, ...
 Logs and the checkpoint go to out/<task>-<algo>-<seed>/. The algorithm is Trainer.update; the rest is what it needs.
 """
@@ -74,7 +74,7 @@ class Config:
 # A task has defaults, a dict of its own defaults for flags, and
 #   prompt(rng) -> (text, key)       a fresh puzzle; key is whatever check needs
 #   check(key, answer) -> score      1.0 is right; values in [0, 1) give partial credit
-#   guess(rng, key) -> answer        for the warm start: right in form, drawn without looking at the solution
+#   guess(rng, key) -> answer        for the warm start: roughly right in form, drawn without looking at the solution
 class KnightsKnaves:
     """Knights tell the truth, knaves lie; who is what? Every puzzle has exactly one solution."""
     people, kinds = "ABC", ("knight", "knave")
@@ -102,6 +102,7 @@ class KnightsKnaves:
         return float(len(words) == 2 * len(key) and dict(zip(words[::2], words[1::2])) == key)
 
     def guess(self, rng, key):
+        # with replacement: 2 of 9 guesses name each person once, so RL has that part of the form to learn as well
         return "".join(f" {rng.choice(self.people)} {rng.choice(self.kinds)}" for _ in self.people)
 
 
@@ -149,7 +150,10 @@ TASKS = {"knights_knaves": KnightsKnaves(), "graph_color": GraphColor(), "additi
 
 
 def puzzles(task, rng, n, split):
-    """n (text, key) pairs of a split. A hash of the text decides its split: none but train is trained on."""
+    """n (text, key) pairs of a split. A hash of the text decides its split.
+
+    Only texts are kept apart: a puzzle with two names swapped or edges reordered may be in train as well, and mostly is.
+    """
     found = []
     while len(found) < n:
         text, key = task.prompt(rng)

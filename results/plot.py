@@ -50,7 +50,7 @@ def llm(records, path):
     axis.fill_between(list(rates), [a - b for a, b in zip(y, se)], [a + b for a, b in zip(y, se)], color=NAMES["tpo"][1],
                       alpha=0.2, linewidth=0)
     axis.set(xlabel="update", ylim=(0, 1), xlim=(0, max(rates)))
-    axis.set_title(f"python llm_rlvr.py --algo tpo: held-out pass@1, {n} seeds", fontsize=10)
+    axis.set_title(f"python llm_rlvr.py --algo tpo: pass@1 on fixed puzzles, {n} seeds", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
