@@ -80,4 +80,4 @@ def _advantage(logp, scores):
 def _sample_mean(x, mask):
     """Sum over tokens if there are any, mean over the samples."""
     x = x if mask is None else x.masked_fill(~mask, 0)
-    return x.flatten(2).sum(-1).mean() if x.ndim == 3 else x.mean()
+    return x.sum(-1).mean() if x.ndim == 3 else x.mean()

@@ -451,8 +451,8 @@ class Trainer:
     def warm_start(self, folder):
         """Supervised steps on random answers: they teach the form, nothing of the solution. Cached for other runs."""
         c, clock = self.c, time.time()
-        key = (c.layers, c.width, c.heads, c.kv_heads, c.warm_steps, self.device, Path(__file__).read_text())
-        path = folder / f"warm-{c.task}-{c.seed}-{zlib.crc32(repr(key).encode()):08x}.pt"  # edited code warms up anew
+        made_by = (c.layers, c.width, c.heads, c.kv_heads, c.warm_steps, self.device, Path(__file__).read_text())
+        path = folder / f"warm-{c.task}-{c.seed}-{zlib.crc32(repr(made_by).encode()):08x}.pt"  # edited code: a new file
         if path.exists():
             saved = load(path)
             self.model.load_state_dict(saved["model"])
@@ -513,11 +513,12 @@ class Trainer:
 
         while True:
             self.seconds = time.time() - begun
-            if self.step % c.eval_every == 0 or self.step == c.steps or stop:
+            due = self.step % c.eval_every == 0 or self.step == c.steps
+            if due or stop:
                 write(path, self.state())
             if stop:
                 fail(f"stopped after {self.step} updates; --resume continues from {path}", 130)
-            if self.step % c.eval_every == 0 or self.step == c.steps:
+            if due:
                 means = {k: round(sum(m[k] for m in self.recent) / len(self.recent), 5)
                          for k in (self.recent or [{}])[0]}
                 record(kind="eval", step=self.step, seconds=round(self.seconds, 2), **self.evaluate(), **means,

@@ -44,21 +44,17 @@ def llm(records, path):
         if r["kind"] == "eval":
             rates.setdefault(r["step"], []).append(r["pass1"])
     n = len(rates[0])
-    y, se = zip(*((mean(v), stdev(v) / n**0.5 if n > 1 else 0) for v in rates.values()))
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    axis.plot(list(rates), y, color=NAMES["tpo"][1], linewidth=2)
-    axis.fill_between(list(rates), [a - b for a, b in zip(y, se)], [a + b for a, b in zip(y, se)], color=NAMES["tpo"][1],
-                      alpha=0.2, linewidth=0)
-    axis.set(xlabel="update", ylim=(0, 1), xlim=(0, max(rates)))
+    axis.set(xlabel="update", ylim=(0, 1))
+    draw(axis, {"tpo": [(step, mean(v), stdev(v) / n**0.5 if n > 1 else 0) for step, v in rates.items()]}, floor=0)
     axis.set_title(f"python llm_rlvr.py --algo tpo: pass@1 on fixed puzzles, {n} seeds", fontsize=10)
-    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 
 
 def draw(axis, curves, floor):
-    """Curves {algo: [(x, mean, s.e.), ...]} on a log axis that ends at the floor, each labelled at its end."""
-    axis.set_yscale("log")
+    """Curves {algo: [(x, mean, s.e.), ...]} on a log axis that ends at the floor (0: linear), each labelled at its end."""
+    axis.set_yscale("log" if floor else "linear")
     for algo, points in curves.items():
         x, y, se = zip(*points)
         low, high = ([max(m + sign * s, floor / 10) for m, s in zip(y, se)] for sign in (-1, 1))
