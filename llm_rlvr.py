@@ -17,15 +17,15 @@ import math
 import os
 import random
 import re
-import resource
 import signal
 import sys
 import tempfile
 import time
 import zlib
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from statistics import mean
 
 import tiktoken
 import torch
@@ -46,25 +46,25 @@ def flag(default, help):
 class Config:
     algo: str = flag("tpo", "tpo, tpo_no_anchor, group_pg, grpo, grpo_no_kl, grpo_masked, pg, ppo, dg, or a comma "
                             "list; NAME:FLAG=VALUE:... sets flags for that run alone")
-    task: str = flag("knights_knaves", "knights_knaves, graph_color or addition")
-    steps: int = flag(1000, "RL updates, one rollout batch each")
+    task: str = flag("graph_color", "graph_color, knights_knaves or addition")
+    steps: int = flag(500, "RL updates, one rollout batch each")
     prompts: int = flag(32, "prompts per update, B")
     candidates: int = flag(16, "completions per prompt, K")
-    epochs: int = flag(1, "gradient steps per rollout batch")
-    lr: float = flag(1e-3, "AdamW learning rate: rises over 30 updates, then falls linearly to 0")
+    epochs: int = flag(2, "gradient steps per rollout batch")
+    lr: float = flag(2e-3, "AdamW learning rate: rises over 30 updates, then falls linearly to 0")
     eta: float = flag(1.0, "temperature of the target (tpo, tpo_no_anchor) or of the gate (dg)")
     anchor: float = flag(0.25, "alpha in q ~ p_old^alpha exp(u / eta): 1 is the paper, 0 the uniform anchor")
     seed: int = flag(0, "of the weights, the training prompts and the sampling")
     eval_every: int = flag(50, "updates between evaluations; a checkpoint precedes each")
     eval_set: str = flag("heldout", "which 256 fixed puzzles to evaluate on: heldout, or test for final numbers")
     max_new_tokens: int = flag(7, "longest completion, its end token included, T")
-    warm_steps: int = flag(150, "supervised steps on random answers of the right form")
+    warm_steps: int = flag(100, "supervised steps on random answers of the right form")
     layers: int = flag(2, "transformer blocks")
     width: int = flag(128, "embedding width, a multiple of 2 x heads")
     heads: int = flag(4, "query heads")
     kv_heads: int = flag(2, "key/value heads, a divisor of heads")
     out: str = flag("out/{task}-{algo}-{seed}", "folder of log.jsonl and checkpoint.pt")
-    resume: bool = flag(False, "continue from the checkpoint in --out")
+    resume: bool = flag(False, "continue from the checkpoint in --out; without it the run there is replaced")
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     compile: bool = flag(False, "torch.compile the training pass")
     plot: bool = flag(False, "draw pass@1 into --out (needs matplotlib)")
@@ -72,38 +72,39 @@ class Config:
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
 # A task has defaults, a dict of its own defaults for flags, and
-#   prompt(rng) -> (text, key)       a fresh puzzle; key is whatever check needs
+#   prompt(rng) -> (text, key)       a fresh puzzle in its only spelling (names, edges, terms sorted), because a hash of
+#                                    the text decides whether it is trained or evaluated on; key is what check needs
 #   check(key, answer) -> score      1.0 is right; values in [0, 1) give partial credit
-#   guess(rng, key) -> answer        for the warm start: roughly right in form, drawn without looking at the solution
+#   guess(rng, key) -> answer        for the warm start: right in form, drawn without looking at the solution
 class KnightsKnaves:
     """Knights tell the truth, knaves lie; who is what? Every puzzle has exactly one solution."""
-    people, kinds = "ABC", ("knight", "knave")
-    claims = {                                                  # truth of a claim about persons x and y in world w
-        "{x} is a {kind}": lambda w, x, y, kind: w[x] == kind,
-        "{x} and {y} are {kind}s": lambda w, x, y, kind: w[x] == w[y] == kind,
-        "{x} or {y} is a {kind}": lambda w, x, y, kind: kind in (w[x], w[y]),
-    }
+    people, kinds, joints = "ABC", ("knight", "knave"), {"and": all, "or": any}
     defaults = {}
 
     def prompt(self, rng):
         worlds = [dict(zip(self.people, w)) for w in itertools.product(self.kinds, repeat=len(self.people))]
         while True:
-            said = {p: (rng.choice(list(self.claims)), *rng.sample(self.people, 2), rng.choice(self.kinds))
-                    for p in self.people}
-            fits = [w for w in worlds if all((w[p] == "knight") == self.claims[form](w, *about)
-                                             for p, (form, *about) in said.items())]
+            said = {}                                          # speaker -> a claim: "B is a knave or C is a knight"
+            for speaker in self.people:
+                n = rng.choice((1, 2, 2))
+                about = sorted(zip(rng.sample(self.people, n), rng.choices(self.kinds, k=n)))
+                said[speaker] = rng.choice(list(self.joints)), about
+            fits = [w for w in worlds if all((w[p] == "knight") == self.joints[joint](w[x] == kind for x, kind in about)
+                                             for p, (joint, about) in said.items())]
             if len(fits) == 1:
-                text = [f"{p} says {form.format(x=x, y=y, kind=kind)}." for p, (form, x, y, kind) in said.items()]
-                return " ".join(text) + " Who?", fits[0]
+                claims = {p: f" {joint} ".join(f"{x} is a {k}" for x, k in about) for p, (joint, about) in said.items()}
+                return "".join(f"{p} says {claim}. " for p, claim in claims.items()) + "Who?", fits[0]
 
     def check(self, key, answer):
-        """Each person named once, in any order, with the right kind: "B knave A knight C knave"."""
+        """The share of people given the right kind, if each is named once, in any order: "B knave A knight C knave"."""
         words = answer.split()
-        return float(len(words) == 2 * len(key) and dict(zip(words[::2], words[1::2])) == key)
+        said = dict(zip(words[::2], words[1::2]))
+        if len(words) != 2 * len(key) or said.keys() != key.keys():
+            return 0.0
+        return mean(float(said[person] == kind) for person, kind in key.items())
 
     def guess(self, rng, key):
-        # with replacement: 2 of 9 guesses name each person once, so RL has that part of the form to learn as well
-        return "".join(f" {rng.choice(self.people)} {rng.choice(self.kinds)}" for _ in self.people)
+        return "".join(f" {p} {rng.choice(self.kinds)}" for p in self.people)
 
 
 class GraphColor:
@@ -113,7 +114,7 @@ class GraphColor:
 
     def prompt(self, rng):
         while True:
-            edges = rng.sample(self.edges, rng.randint(2, 6))
+            edges = sorted(rng.sample(self.edges, rng.randint(4, 8)))
             if any(self.proper(edges, c) for c in itertools.product(self.colors, repeat=6)):
                 return "Color" + "".join(" " + e for e in edges) + ":", edges
 
@@ -135,7 +136,7 @@ class Addition:
     defaults = {"max_new_tokens": 4}
 
     def prompt(self, rng):
-        a, b = (rng.randrange(10 ** rng.randint(1, 2)) for _ in range(2))
+        a, b = sorted(rng.randrange(10 ** rng.randint(1, 2)) for _ in range(2))
         return f"{a}+{b}=", str(a + b)
 
     def check(self, key, answer):
@@ -146,22 +147,32 @@ class Addition:
 
 
 PIECE = r" ?[A-Za-z-]+|[\s\S]"          # one token: a word with the space before it, or any other single character
-TASKS = {"knights_knaves": KnightsKnaves(), "graph_color": GraphColor(), "addition": Addition()}
+TASKS = {"graph_color": GraphColor(), "knights_knaves": KnightsKnaves(), "addition": Addition()}
 
 
 def puzzles(task, rng, n, split):
-    """n (text, key) pairs of a split. A hash of the text decides its split.
-
-    Only texts are kept apart: a puzzle with two names swapped or edges reordered may be in train as well, and mostly is.
-    """
+    """n (text, key) pairs of a split: 8 of 10 puzzles, by a hash of the text, are in train, 1 in heldout, 1 in test."""
     found = []
-    while len(found) < n:
+    for _ in range(1000 * n):
         text, key = task.prompt(rng)
         if {0: "heldout", 1: "test"}.get(zlib.crc32(text.encode()) % 10, "train") == split:
             found.append((text, key))
-    return found
+            if len(found) == n:
+                return found
+    fail(f"--task: only {len(found)} of {1000 * n} prompts are in the split {split}; the task needs more puzzles")
 
 
+@cache
+def exam(task, split):
+    """The fixed puzzles of an evaluation, the same for every seed: 256, or fewer in a small task, all different."""
+    rng, found = random.Random(split), {}
+    for _ in range(640):
+        if len(found) < 256:
+            found.update(puzzles(task, rng, 1, split))
+    return list(found.items())
+
+
+@cache
 def make_encoding(task):
     """Tokens: the pieces that occur in 2,000 puzzles and guesses of the task, and the end token as the last id."""
     rng, pieces = random.Random(0), set()
@@ -171,9 +182,16 @@ def make_encoding(task):
     return tiktoken.Encoding("task", pat_str=PIECE, mergeable_ranks=ranks, special_tokens={"<|end|>": len(ranks)})
 
 
-def encode_prompts(enc, texts, device):
+def encode(enc, text):
+    try:
+        return [enc.encode_single_token(piece) for piece in re.findall(PIECE, text)]
+    except KeyError as error:
+        fail(f"--task: {error.args[0].decode()!r} of {text!r} is not among the words of 2,000 puzzles and guesses")
+
+
+def encode_prompts(enc, items, device):
     """Left-padded prompts, so that every completion starts at the same column: tokens (B, P) and valid (B, P)."""
-    rows = [enc.encode_ordinary(text) for text in texts]
+    rows = [encode(enc, text) for text, _ in items]
     P = max(map(len, rows))
     tokens = torch.tensor([[0] * (P - len(r)) + r for r in rows])
     valid = torch.tensor([[False] * (P - len(r)) + [True] * len(r) for r in rows])
@@ -258,7 +276,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask, cache, start):
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)                                 # (B, S, H, D)
+        q, k = rotate(self.q_norm(q.float()), rope), rotate(self.k_norm(k.float()), rope)                 # (B, S, H, D)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                                  # (B, H, S, D)
         if cache is not None:
             end = start + x.shape[1]
@@ -370,12 +388,8 @@ def algorithms(c):
             "dg": (partial(dg_loss, eta=c.eta), False, False)}
 
 
-def rise(step):
-    return min(1.0, (step + 1) / 30)                     # AdamW's first steps have full size whatever the gradient
-
-
 class Trainer:
-    """One run: model, optimizer, random states. Everything a checkpoint must hold is in `state`."""
+    """One run: model, optimizer, random states, log. Everything a checkpoint must hold is in `state`."""
 
     def __init__(self, c):
         self.c, self.task, self.device = c, TASKS[c.task], pick_device(c.device)
@@ -385,11 +399,13 @@ class Trainer:
         torch.manual_seed(c.seed)
         self.model = GPT(ModelConfig(self.enc.n_vocab, c.width, c.layers, c.heads, c.kv_heads, c.width // c.heads,
                                      hidden=8 * math.ceil(c.width / 3))).to(self.device)
-        self.token_logp = torch.compile(token_logp, dynamic=True) if c.compile else token_logp
+        self.token_logp = torch.compile(token_logp) if c.compile else token_logp
         self.optimizer = self.adamw(c.lr)
         self.rng, self.generator = random.Random(c.seed), torch.Generator(self.device).manual_seed(c.seed)
-        self.exam = puzzles(self.task, random.Random(c.eval_set), 256, c.eval_set)       # the same for every seed
-        self.step, self.seconds, self.recent = 0, 0.0, []                 # recent: metrics since the last evaluation
+        self.exam = exam(self.task, c.eval_set)
+        self.exam_prompts = encode_prompts(self.enc, self.exam, self.device)
+        self.step, self.seconds = 0, 0.0                                     # updates done, time spent on them
+        self.records, self.recent = [{"kind": "config", **asdict(c)}], []   # the log; metrics since the last evaluation
         self.tally = dict.fromkeys(("sample_tokens", "sample_seconds", "train_tokens", "train_seconds"), 0.0)
 
     def adamw(self, lr):
@@ -399,58 +415,59 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def update(self):
-        """sample -> score -> target -> fit, once. Returns the metrics; FloatingPointError on a non-finite gradient."""
-        c, clock = self.c, time.time()
+        """sample -> score -> target -> fit, once. Returns the metrics. A non-finite step is a FloatingPointError."""
+        c, begun = self.c, time.time()
         items = puzzles(self.task, self.rng, c.prompts, "train")
-        tokens, valid = encode_prompts(self.enc, [text for text, _ in items], self.device)
+        tokens, valid = encode_prompts(self.enc, items, self.device)
         with self.autocast():
             y, real, logp = sample(self.model, tokens, valid, c.candidates, c.max_new_tokens, self.end, self.generator)
         R = score(self.task, self.enc, items, y).to(self.device)                                       # (B, K)
-        metrics = diagnose(logp.sum(-1), R, c) | {"entropy": -logp.sum() / real.sum(),
-                                                  "cut": 1 - (y == self.end).any(-1).float().mean()}
-        sampled = time.time()
+        metrics = diagnose(logp, real, y == self.end, R, c)
+        sampled, sampled_tokens = time.time(), int(real.sum())
 
         rows = (standardize(R) != 0).any(-1) | (not self.at_rest or c.epochs > 1)                       # (B,) to fit on
-        rows[0] |= ~rows.any()                             # AdamW moves without a gradient too: give it an exact zero
+        share = rows.float().mean()                             # the groups left out count in the mean over groups
+        rows[0] |= share == 0                                   # nothing to fit: a row times a share of 0 is 0 exactly
         T = int(real[rows].sum(-1).max())
-        tokens, valid, y, R = tokens[rows], valid[rows], y[rows, :, :T], R[rows]
-        sampled_tokens, real = int(real.sum()), real[rows, :, :T]
-        self.optimizer.param_groups[0]["lr"] = c.lr * rise(self.step) * (1 - self.step / c.steps)
+        tokens, valid, y, R, real = tokens[rows], valid[rows], y[rows, :, :T], R[rows], real[rows, :, :T]
+        self.optimizer.param_groups[0]["lr"] = c.lr * warmup(self.step) * (1 - self.step / c.steps)
         for epoch in range(c.epochs):
             with self.autocast():
                 logp = self.token_logp(self.model, tokens, valid, y).masked_fill(~real, 0)             # (B, K, T)
             if epoch == 0:
                 logp_old = logp.detach()      # not the sampler's: in bf16 its kernels round differently and p != p_old
-            loss = (self.loss(logp.sum(-1), logp_old.sum(-1), R) if self.grouped else       # q is built in tpo_loss
-                    self.loss(logp, logp_old, R, mask=real))
-            (loss * rows.float().mean()).backward()                 # the groups left out count in the mean over groups
-            metrics["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-            if not metrics["grad_norm"].isfinite():
-                raise FloatingPointError(f"gradient norm {metrics['grad_norm']:g} at update {self.step}, epoch {epoch}")
+            if self.grouped:
+                loss = share * self.loss(logp.sum(-1), logp_old.sum(-1), R)   # q is built inside; logp_old and R fix it
+            else:
+                loss = share * self.loss(logp, logp_old, R, mask=real)
+            loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+            if not (loss.isfinite() and norm.isfinite()):
+                raise FloatingPointError(f"loss {loss:g}, gradient norm {norm:g} at update {self.step}, epoch {epoch}")
+            metrics.setdefault("grad_norm", norm)                                                # of the first epoch
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-        metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))
-        for key, value in dict(sample_tokens=sampled_tokens, sample_seconds=sampled - clock,
-                               train_tokens=c.epochs * int(valid.sum() + real.sum()),
-                               train_seconds=time.time() - sampled).items():
-            self.tally[key] += value
+        metrics = dict(zip(metrics, (round(x, 5) for x in torch.stack(list(metrics.values())).tolist())))
+        for name, amount in dict(sample_tokens=sampled_tokens, sample_seconds=sampled - begun,
+                                 train_tokens=c.epochs * int(valid.sum() + real.sum()),
+                                 train_seconds=time.time() - sampled).items():
+            self.tally[name] += amount
         return metrics
 
     def evaluate(self):
         """pass@1 on the fixed puzzles: four samples each at temperature 1, and greedy."""
-        tokens, valid = encode_prompts(self.enc, [text for text, _ in self.exam], self.device)
         rates = {}
         for name, K, greedy in (("pass1", 4, False), ("greedy", 1, True)):
             generator = torch.Generator(self.device).manual_seed(0)
             with self.autocast():
-                y, real, _ = sample(self.model, tokens, valid, K, self.c.max_new_tokens, self.end, generator, greedy)
+                y, *_ = sample(self.model, *self.exam_prompts, K, self.c.max_new_tokens, self.end, generator, greedy)
             rates[name] = (score(self.task, self.enc, self.exam, y) == 1).float().mean().item()
         return rates
 
-    def warm_start(self, folder):
+    def warm_start(self, folder, stop):
         """Supervised steps on random answers: they teach the form, nothing of the solution. Cached for other runs."""
-        c, clock = self.c, time.time()
+        c, begun = self.c, time.time()
         made_by = (c.layers, c.width, c.heads, c.kv_heads, c.warm_steps, self.device, Path(__file__).read_text())
         path = folder / f"warm-{c.task}-{c.seed}-{zlib.crc32(repr(made_by).encode()):08x}.pt"  # edited code: a new file
         if path.exists():
@@ -460,72 +477,75 @@ class Trainer:
             return print(f"warm start ({self.seconds:.0f} s of training) read from {path}")
         rng, optimizer = random.Random(f"warm {c.seed}"), self.adamw(2e-3)
         for step in range(c.warm_steps):
+            if stop:
+                fail("stopped in the warm start: there is nothing to resume yet", 130)
             items = puzzles(self.task, rng, 64, "train")
-            tokens, valid = encode_prompts(self.enc, [text for text, _ in items], self.device)
-            answers = [self.enc.encode_ordinary(self.task.guess(rng, key)) + [self.end] for _, key in items]
+            tokens, valid = encode_prompts(self.enc, items, self.device)
+            answers = [encode(self.enc, self.task.guess(rng, key)) + [self.end] for _, key in items]
             T = max(map(len, answers))
             y = torch.tensor([[a + [self.end] * (T - len(a))] for a in answers], device=self.device)   # (64, 1, T)
-            optimizer.param_groups[0]["lr"] = 2e-3 * rise(step)
+            optimizer.param_groups[0]["lr"] = 2e-3 * warmup(step)
             with self.autocast():
                 loss = -token_logp(self.model, tokens, valid, y)[up_to_end(y, self.end)].mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        self.seconds = time.time() - clock
+        self.seconds = time.time() - begun
         write(path, {"model": self.model.state_dict(), "seconds": self.seconds})
 
     def state(self):
-        return dict(config=asdict(self.c), step=self.step, seconds=self.seconds, recent=self.recent, tally=self.tally,
-                    model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), rng=self.rng.getstate(),
-                    generator=self.generator.get_state())
+        return dict(config=asdict(self.c), device=self.device.type, step=self.step, seconds=self.seconds,
+                    records=self.records, recent=self.recent, tally=self.tally, rng=self.rng.getstate(),
+                    generator=self.generator.get_state(), model=self.model.state_dict(),
+                    optimizer=self.optimizer.state_dict())
 
     def restore(self, path):
         saved = load(path)
-        for name, value in asdict(self.c).items():
-            if name not in ("resume", "plot", "out", "compile") and saved["config"][name] != value:
-                fail(f"{flag_name(name)} {value}: --resume needs {saved['config'][name]} as in {path}")
+        if not isinstance(saved, dict) or saved.keys() != self.state().keys():
+            fail(f"--resume: {path} is no checkpoint of this version of this script")
+        for name, value in (asdict(self.c) | {"device": self.device.type}).items():
+            was = saved["device"] if name == "device" else saved["config"].get(name)
+            if name not in ("resume", "plot", "out", "compile") and was != value:
+                fail(f"{flag_name(name)} {value}: --resume needs {was} as in {path}")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.rng.setstate(saved["rng"])
         self.generator.set_state(saved["generator"])
-        self.step, self.seconds, self.recent, self.tally = (saved[k] for k in ("step", "seconds", "recent", "tally"))
+        self.step, self.seconds, self.records, self.recent, self.tally = (
+            saved[k] for k in ("step", "seconds", "records", "recent", "tally"))
 
     def run(self, folder, warm_folder):
         """Warm start or resume, then updates, with a checkpoint and an evaluation every eval_every. Returns the log."""
-        c, path, log, stop = self.c, folder / "checkpoint.pt", folder / "log.jsonl", []
+        c, path, stop = self.c, folder / "checkpoint.pt", []
+
+        def ask_to_stop(signum, _):
+            stop.append(signum)
+            signal.signal(signum, signal.SIG_DFL)                               # the second Ctrl-C does not wait
+
+        handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         if c.resume and path.exists():
-            self.restore(path)                 # the evaluation follows its checkpoint: records from there on are redone
-            records = [r for r in map(json.loads, log.read_text().splitlines()) if
-                       r["kind"] == "config" or r.get("step", math.inf) < self.step + (r["kind"] == "update")]
+            self.restore(path)
         else:
-            self.warm_start(warm_folder)
-            records = [{"kind": "config", **asdict(c)}]
+            self.warm_start(warm_folder, stop)
         params = sum(p.numel() for p in self.model.parameters())
         print(f"{c.algo}: {params:,} parameters, {self.enc.n_vocab} tokens, {self.device}; e.g. {self.exam[0][0]!r}")
         begun, first, spent = time.time() - self.seconds, self.step, self.seconds
-        handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
-        write(log, "".join(json.dumps(r) + "\n" for r in records))
-
-        def record(**values):
-            records.append(values)
-            with log.open("a") as f:
-                f.write(json.dumps(values) + "\n")
-
         while True:
             self.seconds = time.time() - begun
             due = self.step % c.eval_every == 0 or self.step == c.steps
             if due or stop:
-                write(path, self.state())
+                write(path, self.state())                       # before the evaluation, which a resumed run does again
             if stop:
                 fail(f"stopped after {self.step} updates; --resume continues from {path}", 130)
             if due:
-                means = {k: round(sum(m[k] for m in self.recent) / len(self.recent), 5)
-                         for k in (self.recent or [{}])[0]}
-                record(kind="eval", step=self.step, seconds=round(self.seconds, 2), **self.evaluate(), **means,
-                       sample_tok_s=self.rate("sample"), train_tok_s=self.rate("train"))
-                left = (self.seconds - spent) / max(self.step - first, 1) * (c.steps - self.step)
-                print(line(records[-1], c.steps, left), flush=True)
+                names = self.recent[0] if self.recent else ()                             # none before the first update
+                means = {name: round(mean(m[name] for m in self.recent), 5) for name in names}
                 self.recent = []
+                self.records.append(dict(kind="eval", step=self.step, seconds=round(self.seconds, 2), **self.evaluate(),
+                                         **means, sample_tok_s=self.rate("sample"), train_tok_s=self.rate("train")))
+                self.write_log(folder)
+                left = (self.seconds - spent) / max(self.step - first, 1) * (c.steps - self.step)
+                print(progress(self.records[-1], c.steps, left), flush=True)
             if self.step == c.steps:
                 break
             try:
@@ -535,36 +555,47 @@ class Trainer:
                 fail(f"{error}; the weights before it are in {folder / 'last-good.pt'}: try a lower --lr (now {c.lr}) "
                      f"or a higher --eta (now {c.eta})", 1)
             self.step += 1
-            record(kind="update", step=self.step, **{k: round(v, 5) for k, v in self.recent[-1].items()})
+            self.records.append({"kind": "update", "step": self.step, **self.recent[-1]})
 
         for s, handler in handlers.items():
             signal.signal(s, handler)
-        evals = [r for r in records if r["kind"] == "eval"]
-        before, after = evals[0]["pass1"], evals[-1]["pass1"]
-        greedy, seconds = evals[-1]["greedy"], round(time.time() - begun, 2)
-        record(kind="result", task=c.task, algo=c.algo, seed=c.seed, params=params, steps=c.steps, pass1_before=before,
-               pass1_after=after, greedy_after=greedy, seconds=seconds, sample_tok_s=self.rate("sample"),
-               train_tok_s=self.rate("train"), peak_mb=round(peak_mb(self.device)))
+        evals = [r for r in self.records if r["kind"] == "eval"]
+        before, after, greedy = evals[0]["pass1"], evals[-1]["pass1"], evals[-1]["greedy"]
+        seconds = round(time.time() - begun, 2)
+        self.records.append(dict(kind="result", task=c.task, algo=c.algo, seed=c.seed, params=params, steps=c.steps,
+                                 pass1_before=before, pass1_after=after, greedy_after=greedy, seconds=seconds,
+                                 sample_tok_s=self.rate("sample"), train_tok_s=self.rate("train"),
+                                 peak_mb=peak_mb(self.device)))
+        self.write_log(folder)
         print(f"{c.algo} took {c.task} from {before:.1%} to {after:.1%} pass@1 (greedy {greedy:.1%}) on "
               f"{len(self.exam)} {c.eval_set} puzzles in {c.steps} updates and {seconds:.0f} s, warm start included")
-        return records
+        return self.records
+
+    def write_log(self, folder):
+        write(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.records))
 
     def rate(self, phase):
         return round(self.tally[phase + "_tokens"] / (self.tally[phase + "_seconds"] or 1))
 
 
+def warmup(step):
+    return min(1.0, (step + 1) / 30)                     # AdamW's first steps have full size whatever the gradient
+
+
 @torch.no_grad()
-def diagnose(logp_old, R, c):
+def diagnose(logp, real, ends, R, c):
     """How far q asks the policy to move, and the anchor's health: what to look at before believing that TPO learns."""
+    logp_old = logp.sum(-1)                                                                            # (B, K)
     q, anchor = tpo_target(logp_old, R, c.eta, c.anchor), (c.anchor * logp_old).softmax(-1)            # (B, K)
     shift = (q - anchor).abs().sum(-1)                                                                 # (B,)
     return dict(reward=R.mean(), kl=torch.xlogy(q, q / anchor.clamp(min=1e-38)).sum(-1).mean(),
-                informative=(standardize(R) != 0).any(-1).float().mean(), anchor_max=anchor.amax(-1).mean(),
+                informative=(standardize(R) != 0).any(-1).float().mean(), entropy=-logp.sum() / real.sum(),
+                unfinished=1 - ends.any(-1).float().mean(), anchor_max=anchor.amax(-1).mean(),
                 anchor_size=(1 / anchor.square().sum(-1)).mean(), anchor_shift=shift.mean(),
                 anchor_dead=(shift < 1e-3).float().mean())
 
 
-def line(r, steps, left):
+def progress(r, steps, left):
     text = f"{r['step']:5d}/{steps}  pass@1 {r['pass1']:.3f}  greedy {r['greedy']:.3f}  {r['seconds']:4.0f} s"
     if "reward" not in r:
         return text + "  (after the warm start)"
@@ -581,7 +612,7 @@ def fail(message, status=2):
 
 def write(path, value):
     """A str, or anything torch.save takes: written beside path, flushed to disk, renamed. Never half a file at path."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")                  # two runs may share a warm start
     try:
         with temporary.open("wb") as f:
             f.write(value.encode()) if isinstance(value, str) else torch.save(value, f)
@@ -595,24 +626,32 @@ def write(path, value):
 
 def load(path):
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                               # a truncated file raises one of many types
         fail(f"{path} cannot be read ({type(error).__name__}): damaged, or not written by this script")
 
 
 def peak_mb(device):
+    """Largest memory in MB: of the GPU's allocator, else of the process; None where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    try:
+        import resource
+    except ImportError:                                                                                      # Windows
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"--device {name}: {str(error).splitlines()[0]}; allowed are auto, cpu, cuda, cuda:N, mps, if present")
+    reason = "not a device"
+    if name.split(":")[0] in ("cpu", "cuda", "mps"):
+        try:
+            return torch.zeros(1, device=name).device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+    fail(f"--device {name}: {reason}; allowed are auto, cpu, and if present cuda, cuda:N and mps")
 
 
 def flag_name(name):
@@ -620,8 +659,8 @@ def flag_name(name):
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
+    def error(self, message):                                   # such as: argument --lr: invalid float value: 'fast'
+        fail(re.sub(r"argument (\S+): invalid (\w+) value: '(.*)'", r"\1 \3: allowed are \2 values", message))
 
 
 def parse(argv):
@@ -640,68 +679,90 @@ def parse(argv):
     return Config(**vars(parser.parse_args(argv)))
 
 
-def check(c):
+def validate(c):
     """One line and exit status 2 on a value that cannot work."""
     name, known = c.algo.split(":")[0], algorithms(c)
     rules = [("algo", name in known, ", ".join(known)),
-             ("eval_set", c.eval_set in ("heldout", "test"), "heldout, test")]
-    rules += [(f, getattr(c, f) >= 1, "1 or more") for f in ("steps", "prompts", "candidates", "epochs", "eval_every",
-                                                             "max_new_tokens", "layers", "width", "heads", "kv_heads")]
-    rules += [(f, getattr(c, f) >= 0, "0 or more") for f in ("anchor", "seed", "warm_steps")]
-    rules += [(f, 0 < getattr(c, f) < math.inf, "numbers above 0") for f in ("lr", "eta")]
+             ("eval_set", c.eval_set in ("heldout", "test"), "heldout, test"),
+             *((f, getattr(c, f) >= 1, "1 or more") for f in ("steps", "prompts", "candidates", "epochs", "eval_every",
+                                                              "max_new_tokens", "layers", "heads", "kv_heads")),
+             ("warm_steps", c.warm_steps >= 0, "0 or more"),
+             ("seed", 0 <= c.seed < 2**63, "0 to 2^63 - 1"),
+             ("anchor", 0 <= c.anchor < math.inf, "finite numbers from 0"),
+             ("lr", 0 < c.lr < math.inf, "finite numbers above 0"),
+             ("eta", 1e-6 <= c.eta <= 1e6, "numbers from 1e-6 to 1e6")]
     for field_name, fine, allowed in rules:
         if not fine:
             fail(f"{flag_name(field_name)} {getattr(c, field_name)}: allowed are {allowed}")
     if c.candidates < 2 and known[name][1]:
         fail(f"--candidates {c.candidates}: {name} compares the candidates of one prompt; allowed are 2 or more")
     if c.width % (2 * c.heads) or c.heads % c.kv_heads:
-        fail(f"--width {c.width}: allowed are multiples of 2 x --heads {c.heads}, itself one of --kv-heads {c.kv_heads}")
-    return c
+        fail(f"--width {c.width}: allowed are multiples of 2 x --heads {c.heads}, those of --kv-heads {c.kv_heads}")
+    pick_device(c.device)
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    entries = parse(argv).algo.split(",")
-    runs = []
+def plan(argv):
+    """[(config, folder, folder of the shared warm start)] of the runs that the flags ask for; the folders are made."""
+    shared = parse(argv)
+    entries, runs = shared.algo.split(","), []
+    if len(set(entries)) < len(entries):
+        fail(f"--algo {shared.algo}: allowed are lists without repeats")
+    shared_flags = "algo", "task", "out", "resume", "device", "compile", "plot"
+    own = [f.name for f in fields(Config) if f.name not in shared_flags]
     for entry in entries:
-        pairs = [change.partition("=") for change in entry.split(":")[1:]]
-        c = check(parse([*argv, *(f"--{name}={value}" for name, _, value in pairs), "--algo", entry]))
+        changes = [change.partition("=") for change in entry.split(":")[1:]]
+        for name, _, _ in changes:
+            if name.replace("-", "_") not in own:
+                fail(f"--algo {entry}: allowed behind a name are FLAG=VALUE, the flags being {', '.join(own)}")
+        c = parse([*argv, *(f"{flag_name(name)}={value}" for name, _, value in changes), "--algo", entry])
+        validate(c)
         label = entry.replace(":", "-")
         folder = Path(c.out.replace("{task}", c.task).replace("{algo}", label).replace("{seed}", str(c.seed)))
         warm_folder = folder.parent if "{algo}" in c.out else folder
         if "{algo}" not in c.out and len(entries) > 1:                               # one --out for several: subfolders
             folder = folder / label
         runs.append((c, folder, warm_folder))
-    if runs[0][0].plot:
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError:
-            fail("--plot needs matplotlib: pip install matplotlib")
-    for c, folder, warm_folder in runs:
+    if shared.resume and not any((folder / "checkpoint.pt").exists() for _, folder, _ in runs):
+        fail(f"--resume: there is no {runs[0][1] / 'checkpoint.pt'}; leave it out, or name the run's folder with --out")
+    for _, folder, _ in runs:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            fail(f"--out {folder}: cannot be written ({error.strerror})")
-    if runs[0][0].resume and not any((folder / "checkpoint.pt").exists() for _, folder, _ in runs):
-        fail(f"--resume: there is no {runs[0][1] / 'checkpoint.pt'}; leave it out, or name the run's folder with --out")
-    results = [Trainer(c).run(folder, warm_folder) for c, folder, warm_folder in runs]
-    if len(results) > 1:
-        print(f"\n{'algorithm':<28}{'before':>8}{'after':>8}{'greedy':>8}{'50% after':>20}{'90% after':>20}")
-        for records in results:
-            evals, r = [e for e in records if e["kind"] == "eval"], records[-1]
-            half, most = (next((f"{e['step']} ({e['seconds']:.0f} s)" for e in evals if e["pass1"] >= bar), "-")
-                          for bar in (0.5, 0.9))
-            print(f"{r['algo']:<28}{r['pass1_before']:>8.3f}{r['pass1_after']:>8.3f}{r['greedy_after']:>8.3f}"
-                  f"{half:>20}{most:>20}")
+            fail(f"--out {folder}: cannot be written ({error.strerror}); allowed are folders that can")
+    return runs
+
+
+def compare(logs):
+    """A table of several runs: pass@1 at the end, and where it passed 50% and 90%."""
+    print(f"\n{'algorithm':<28}{'before':>8}{'after':>8}{'greedy':>8}{'50% after':>20}{'90% after':>20}")
+    for *records, r in logs:
+        half, most = (next((f"{e['step']} ({e['seconds']:.0f} s)" for e in records
+                            if e["kind"] == "eval" and e["pass1"] >= bar), "-") for bar in (0.5, 0.9))
+        print(f"{r['algo']:<28}{r['pass1_before']:>8.3f}{r['pass1_after']:>8.3f}{r['greedy_after']:>8.3f}"
+              f"{half:>20}{most:>20}")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if parse(argv).plot:
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError:
+            fail("--plot needs matplotlib: pip install matplotlib")
+    runs = plan(argv)
+    logs = [Trainer(c).run(folder, warm_folder) for c, folder, warm_folder in runs]
+    if len(logs) > 1:
+        compare(logs)
     if runs[0][0].plot:
         figure, axis = plt.subplots()
-        for records in results:
+        for records in logs:
             steps, rates = zip(*((e["step"], e["pass1"]) for e in records if e["kind"] == "eval"))
             axis.plot(steps, rates, label=records[-1]["algo"])
         axis.set(xlabel="update", ylabel="pass@1", ylim=(0, 1))
         axis.legend()
         figure.savefig(runs[-1][1] / "pass1.png", dpi=150)
+        print(f"wrote {runs[-1][1] / 'pass1.png'}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -327,40 +328,53 @@ def test_parameter_names_are_those_of_hugging_face_qwen():
 
 @pytest.mark.parametrize("name", llm_rlvr.TASKS)
 def test_tasks(name):
-    """Guesses have the right form and are sometimes right; the encoding is lossless and one token per word; splits are disjoint."""
+    """Guesses have the right form and are rarely right; the encoding is lossless and leaves room for the end token."""
     task, rng = llm_rlvr.TASKS[name], random.Random(0)
-    enc, split = llm_rlvr.make_encoding(task), {s: llm_rlvr.puzzles(task, random.Random(1), 50, s) for s in ("train", "heldout", "test")}
-    T = llm_rlvr.parse(["--task", name]).max_new_tokens
+    enc, T = llm_rlvr.make_encoding(task), llm_rlvr.parse(["--task", name]).max_new_tokens
     scores = []
-    for text, key in split["train"]:
+    for text, key in llm_rlvr.puzzles(task, random.Random(1), 50, "train"):
         for _ in range(20):
             guess = task.guess(rng, key)
             scores.append(task.check(key, guess))
-            assert enc.decode(enc.encode_ordinary(text + guess)) == text + guess
-            assert len(enc.encode_ordinary(guess)) < T                             # room for the end token
-        assert task.check(key, "") == task.check(key, guess + guess) == task.check(key, "nonsense") == 0
-    assert 0 < sum(scores) / len(scores) < 0.3 or name == "addition"
-    texts = {s: {text for text, _ in items} for s, items in split.items()}
-    assert not texts["train"] & texts["heldout"] and not texts["train"] & texts["test"] and not texts["test"] & texts["heldout"]
+            assert enc.decode(llm_rlvr.encode(enc, text + guess)) == text + guess
+            assert len(llm_rlvr.encode(enc, guess)) < T
+        assert task.check(key, "") == task.check(key, guess + " " + guess) == task.check(key, "nonsense") == 0
+    assert scores.count(1) / len(scores) < 0.2 and (scores.count(1) > 0 or name == "addition")
+
+
+PARTS = {"knights_knaves": lambda text: tuple(frozenset(re.findall(r"(\w) is a (\w+)", claim)) | {claim.count(" or ")}
+                                              for claim in text.split(". ")),
+         "graph_color": lambda text: frozenset(map(frozenset, re.findall(r"(\w)-(\w)", text))),
+         "addition": lambda text: frozenset(text[:-1].split("+"))}
+
+
+@pytest.mark.parametrize("name", llm_rlvr.TASKS)
+def test_evaluation_puzzles_are_in_no_other_split_under_any_spelling(name):
+    """Puzzles compared as sets of what they say: edges or terms in another order are the same puzzle."""
+    task, same = llm_rlvr.TASKS[name], PARTS[name]
+    heldout, test = ([same(text) for text, _ in llm_rlvr.exam(task, split)] for split in ("heldout", "test"))
+    train = {same(text) for text, _ in llm_rlvr.puzzles(task, random.Random(1), 2000, "train")}
+    assert len(set(heldout)) == len(heldout) > 200 and len(set(test)) == len(test) > 200
+    assert not train & set(heldout) and not train & set(test) and not set(heldout) & set(test)
+    assert len(train) > 900 and llm_rlvr.exam(task, "test") == llm_rlvr.exam(task, "test")
 
 
 def test_knights_knaves_solutions_are_unique_and_right():
-    """Every printed puzzle parsed and solved again from its text alone."""
+    """Every printed puzzle parsed and solved again from its text alone; then every kind of answer to it."""
     task = llm_rlvr.TASKS["knights_knaves"]
-
-    def claim(words, w):
-        x, y, kind = words[0], words[2], words[-1].rstrip("s")
-        return w[x] == kind if words[1] == "is" else (w[x] == kind) + (w[y] == kind) >= (2 if words[1] == "and" else 1)
-
     for text, key in llm_rlvr.puzzles(task, random.Random(2), 100, "train"):
-        said = {s.split()[0]: s.split()[2:] for s in text.removesuffix(" Who?").rstrip(".").split(". ")}
-        worlds = [w for w in itertools.product(("knight", "knave"), repeat=len(key))
-                  if all((dict(zip("ABCDE", w))[p] == "knight") == claim(words, dict(zip("ABCDE", w))) for p, words in said.items())]
-        assert worlds == [tuple(key.values())]
+        said = dict(s.split(" says ") for s in text.removesuffix(". Who?").split(". "))
+        worlds = []
+        for w in itertools.product(("knight", "knave"), repeat=3):
+            w = dict(zip("ABC", w))
+            true = {p: eval(re.sub(r"(\w) is a (\w+)", lambda m: str(w[m[1]] == m[2]), claim)) for p, claim in said.items()}
+            worlds += [w] if all(true[p] == (w[p] == "knight") for p in "ABC") else []
+        assert worlds == [key]
         named = [f" {p} {kind}" for p, kind in key.items()]
         assert all(task.check(key, "".join(order)) == 1 for order in itertools.permutations(named))
         lie = " A " + {"knight": "knave", "knave": "knight"}[key["A"]]
-        for wrong in ([lie, *named[1:]], named[1:], [*named, named[0]], [named[0], named[0], named[2]], [lie, *named], [*named, " A"]):
+        assert task.check(key, "".join([lie, *named[1:]])) == pytest.approx(2 / 3)             # partial credit
+        for wrong in (named[1:], [*named, named[0]], [named[0], named[0], named[2]], [lie, *named], [*named, " A"]):
             assert task.check(key, "".join(wrong)) == 0
 
 
@@ -384,7 +398,7 @@ def test_unfinished_completion_scores_zero():
 def test_leaving_out_equal_groups_keeps_the_gradient(algo, monkeypatch):
     """One update with zero-variance groups left out and one with all groups end in the same parameters."""
     def after(at_rest):
-        c = llm_rlvr.check(llm_rlvr.parse([*TINY, "--algo", algo, "--steps", "2"]))
+        c = llm_rlvr.parse([*TINY, "--algo", algo, "--epochs", "1", "--steps", "2"])
         t = llm_rlvr.Trainer(c)
         t.at_rest, sizes = at_rest, []
         t.token_logp = lambda *a: (sizes.append(len(a[1])), llm_rlvr.token_logp(*a))[1]
@@ -398,25 +412,69 @@ def test_leaving_out_equal_groups_keeps_the_gradient(algo, monkeypatch):
     torch.testing.assert_close(left_out, plain, atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.parametrize("algo, moves", [("tpo", False), ("grpo", False), ("pg", False), ("tpo_no_anchor", True)])
+def test_groups_of_equal_scores_leave_the_weights_alone(algo, moves, monkeypatch):
+    """Bit for bit on the first update: AdamW would turn a gradient of 1e-9 into a full step."""
+    t = llm_rlvr.Trainer(llm_rlvr.parse([*TINY, "--algo", algo, "--epochs", "1"]))
+    before = [p.detach().clone() for p in t.model.parameters()]
+    monkeypatch.setattr(llm_rlvr, "score", lambda *a: torch.ones(6, 4))
+    t.update()
+    assert all(torch.equal(a, b) for a, b in zip(before, t.model.parameters())) != moves
+
+
+def test_update_trains_the_end_token_and_nothing_behind_it(monkeypatch):
+    """The gradient of an update: unmoved by tokens behind the end token, moved by the end token's own log-prob."""
+    def gradients(change):
+        t = llm_rlvr.Trainer(llm_rlvr.parse([*TINY, "--algo", "tpo", "--epochs", "1", "--steps", "2"]))
+        y = torch.randint(0, t.end, (6, 4, 7), generator=torch.Generator().manual_seed(3))
+        y[:, :, 4] = t.end
+        change(y, t.end)
+        real = llm_rlvr.up_to_end(y, t.end)
+        monkeypatch.setattr(llm_rlvr, "sample", lambda *a: (y, real, torch.zeros(6, 4, 7)))
+        monkeypatch.setattr(llm_rlvr, "score", lambda *a: torch.eye(4)[[0, 1, 2, 3, 0, 1]])
+        t.optimizer = torch.optim.SGD(t.model.parameters(), 1.0)
+        t.update()
+        return torch.cat([p.detach().flatten() for p in t.model.parameters()])
+
+    plain = gradients(lambda y, end: None)
+    assert torch.equal(plain, gradients(lambda y, end: y[:, :, 5:].fill_(0)))
+    assert not torch.equal(plain, gradients(lambda y, end: y[:, :, 4].fill_(0)))       # another token, no end
+
+
 def test_user_task_in_a_few_lines(tmp_path, monkeypatch, capsys):
     class Reverse:
-        """Reverse two letters."""
-        defaults = {"max_new_tokens": 3}
+        """Reverse three letters."""
+        defaults = {"max_new_tokens": 4}
 
         def prompt(self, rng):
-            text = " ".join(rng.choices("abcd", k=2))
+            text = " ".join(rng.choices("abcdefgh", k=3))
             return text + ">", " ".join(reversed(text.split()))
 
         def check(self, key, answer):
             return float(answer == " " + key)
 
         def guess(self, rng, key):
-            return " " + " ".join(rng.choices("abcd", k=2))
+            return " " + " ".join(rng.choices("abcdefgh", k=3))
 
     monkeypatch.setitem(llm_rlvr.TASKS, "reverse", Reverse())
-    monkeypatch.setattr(llm_rlvr, "puzzles", lambda task, rng, n, split: [task.prompt(rng) for _ in range(n)])
-    llm_rlvr.main([*TINY, "--task", "reverse", "--steps", "2", "--warm-steps", "3", "--out", str(tmp_path)])
+    run = [*TINY, "--task", "reverse", "--steps", "2", "--warm-steps", "3", "--out", str(tmp_path)]
+    llm_rlvr.main(run)
     assert "took reverse from" in capsys.readouterr().out
+
+    class Small(Reverse):
+        prompt = lambda self, rng: ("a b>", "b a")
+
+    monkeypatch.setitem(llm_rlvr.TASKS, "reverse", Small())
+    one_line(lambda: llm_rlvr.main(run), capsys, "--task more puzzles")
+    one_line(lambda: llm_rlvr.encode(llm_rlvr.make_encoding(Reverse()), "a zebra"), capsys, "--task zebra")
+
+
+def one_line(call, capsys, words, status=2):
+    """The call ends the program with this status and one line on stderr that holds all the words."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    message = capsys.readouterr().err
+    assert stop.value.code == status and message.count("\n") == 1 and all(word in message for word in words.split()), message
 
 
 def records(folder):
@@ -454,19 +512,34 @@ def test_resume_is_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_saves_first_and_resume_continues(tmp_path):
-    command = [sys.executable, "llm_rlvr.py", *TINY, "--warm-steps", "2", "--steps", "60", "--eval-every", "1000", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "log.jsonl").exists() or len(records(tmp_path)) < 5:
-        time.sleep(0.05)
+    """A run interrupted by the keyboard and resumed ends in the same bits as one that was left alone."""
+    command = lambda name, *more: [sys.executable, "llm_rlvr.py", *TINY, "--warm-steps", "2", "--steps", "20", "--eval-every", "4",
+                                   "--out", str(tmp_path / name), *more]
+    options = dict(cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command("cut"), **options)
+    while "4/20" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     message = process.communicate()[1]
     assert process.returncode == 130 and "--resume" in message and message.count("\n") == 1
-    done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
-    assert 3 <= done < 60
-    again = subprocess.run([*command, "--resume"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert again.returncode == 0 and records(tmp_path)[-1]["kind"] == "result"
-    assert [r["step"] for r in records(tmp_path) if r["kind"] == "update"] == list(range(1, 61))
+    assert 4 <= torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] < 20
+    (tmp_path / "cut" / "log.jsonl").write_text("{half a li")                # the checkpoint holds the log as well
+    for name, more in (("cut", ["--resume"]), ("whole", [])):
+        assert subprocess.run(command(name, *more), **options).returncode == 0
+    a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("whole", "cut"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert untimed(records(tmp_path / "whole")) == untimed(records(tmp_path / "cut"))
+
+
+def test_ctrl_c_in_the_warm_start_is_one_line(tmp_path):
+    process = subprocess.Popen([sys.executable, "-u", "-c", "import llm_rlvr, sys\n"
+                                "llm_rlvr.warmup = lambda step: print('warm') or 1.0\nllm_rlvr.main(sys.argv[1:])", *TINY,
+                                "--warm-steps", "100000", "--out", str(tmp_path)], cwd=Path(__file__).parent,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "warm\n"
+    process.send_signal(signal.SIGINT)
+    message = process.communicate()[1]
+    assert process.returncode == 130 and message.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch, capsys):
@@ -484,13 +557,15 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch, capsys):
     assert llm_rlvr.load(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
-def test_non_finite_gradient_stops_with_the_good_weights(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("bad_loss", [lambda logp: (logp * math.nan).sum(),                      # loss and gradient
+                                      lambda logp: logp.sum() + torch.where(logp < 9, math.inf, logp).sum().detach()])
+def test_non_finite_loss_or_gradient_stops_with_the_good_weights(bad_loss, tmp_path, monkeypatch, capsys):
     good = []
 
     def poisoned(self, *a, plain=llm_rlvr.Trainer.update):
         if self.step == 2:
             good.append([p.detach().clone() for p in self.model.parameters()])
-            self.loss, self.at_rest = lambda logp, *_, **__: (logp * math.nan).sum(), False
+            self.loss, self.at_rest = lambda logp, *_, **__: bad_loss(logp), False
         return plain(self)
 
     monkeypatch.setattr(llm_rlvr.Trainer, "update", poisoned)
@@ -517,31 +592,35 @@ def test_list_of_algorithms_shares_the_warm_start_and_ends_in_a_table(tmp_path, 
 @pytest.mark.parametrize("flags, words", [
     (["--algo", "dpo"], "--algo dpo tpo grpo"), (["--task", "chess"], "--task chess knights_knaves"), (["--banana"], "--banana --algo --task"),
     (["--candidates", "1"], "--candidates 1 2"), (["--prompts", "0"], "--prompts 0 1"), (["--steps", "0"], "--steps 0 1"),
-    (["--eta", "0"], "--eta 0.0 above"), (["--lr", "nan"], "--lr nan above"), (["--lr", "fast"], "--lr fast"),
+    (["--eta", "0"], "--eta 0.0 1e-6"), (["--eta", "1e-300"], "--eta 1e-6"), (["--lr", "nan"], "--lr nan above"),
+    (["--lr", "fast"], "--lr fast allowed float"), (["--anchor", "inf"], "--anchor inf"), (["--seed", str(2**64)], "--seed 2^63"),
+    (["--device", "meta"], "--device meta cpu"), (["--algo", "tpo,tpo"], "--algo tpo,tpo repeats"), (["--algo", "tpo:"], "--algo lr"),
+    (["--algo", "tpo:out=x"], "--algo tpo:out=x lr"), (["--algo", "tpo:lr=fast"], "--lr fast float"),
     (["--out", "/proc/nowhere"], "--out /proc/nowhere"), (["--resume"], "--resume checkpoint.pt"), (["--device", "tpu9"], "--device tpu9 cpu cuda"),
-    (["--kv-heads", "3"], "--kv-heads 3"), (["--algo", "tpo:lr=-1"], "--lr -1.0 above"), (["--algo", "tpo:speed=2"], "--speed")])
+    (["--kv-heads", "3"], "--kv-heads 3"), (["--algo", "tpo:lr=-1"], "--lr -1.0 above"), (["--algo", "tpo:speed=2"], "--algo tpo:speed=2 lr")])
 def test_command_line_errors(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        llm_rlvr.main(flags)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and all(word in message for word in words.split())
-    assert not list(tmp_path.rglob("*.*"))
+    one_line(lambda: llm_rlvr.main(flags), capsys, words)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["settings", "truncated"])
+@pytest.mark.parametrize("damage", ["settings", "truncated", "foreign", "device"])
 def test_resume_refuses(damage, tmp_path, capsys):
     run = [*TINY, "--steps", "1", "--warm-steps", "1", "--out", str(tmp_path)]
     llm_rlvr.main(run)
     path = tmp_path / "checkpoint.pt"
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:500])
+    if damage == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    if damage == "device":
+        torch.save(torch.load(path, weights_only=True) | {"device": "cuda"}, path)
     before = {f: f.read_bytes() for f in tmp_path.iterdir()}
     with pytest.raises(SystemExit) as stop:
         llm_rlvr.main([*run, "--resume", *(["--lr", "0.5"] if damage == "settings" else [])])
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1 and str(path) in message
-    assert damage == "truncated" or "--lr 0.5" in message
+    assert {"settings": "--lr 0.5", "device": "--device cpu"}.get(damage, "") in message
     assert before == {f: f.read_bytes() for f in tmp_path.iterdir()}
 
 
@@ -554,9 +633,9 @@ def test_help_explains_every_flag(capsys):
 
 
 def test_a_small_run_learns(tmp_path):
-    """80 updates on knights and knaves move pass@1 by more than five standard errors (1,024 samples)."""
-    llm_rlvr.main(["--anchor", "0.25", "--steps", "80", "--warm-steps", "60", "--width", "64", "--lr", "3e-3",
-                   "--prompts", "24", "--out", str(tmp_path), "--device", "cpu"])
+    """70 updates on graph coloring move pass@1 by more than five standard errors (1,024 samples)."""
+    llm_rlvr.main(["--task", "graph_color", "--epochs", "2", "--anchor", "0.25", "--steps", "70", "--warm-steps", "60",
+                   "--width", "64", "--lr", "3e-3", "--prompts", "24", "--out", str(tmp_path), "--device", "cpu"])
     r = records(tmp_path)[-1]
     assert r["pass1_before"] < 0.12 and r["pass1_after"] > r["pass1_before"] + 5 * (0.2 * 0.8 / 1024) ** 0.5
 

@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TASKS = "knights_knaves", "graph_color"
+TASKS = "graph_color", "knights_knaves"
 ALGOS = "tpo:anchor=1", "tpo:anchor=0.25", "tpo:anchor=0", "grpo", "dg", "ppo", "pg"
 STEPS = 200
-TUNE = dict(file=HERE / "llm_tune.jsonl", flags=f"--steps {STEPS} --eval-set heldout", seeds=[100])
-RECORD = dict(file=HERE / "llm_compare.jsonl", flags=f"--steps {STEPS} --eval-set test", seeds=[0, 1, 2, 3, 4])
-GRID = [f"lr={lr}:epochs={epochs}" for lr, epochs in ((5e-4, 1), (1e-3, 1), (2e-3, 1), (1e-3, 2), (5e-4, 4))]
+PHASES = {
+    "tune": dict(file=HERE / "llm_tune.jsonl", flags=f"--steps {STEPS} --eval-set heldout", seeds=[100]),
+    "record": dict(file=HERE / "llm_compare.jsonl", flags=f"--steps {STEPS} --eval-set test", seeds=[0, 1, 2, 3, 4])}
+GRID = [f"lr={lr}:epochs={epochs}" for lr, epochs in ((1e-3, 1), (2e-3, 1), (1e-3, 2), (2e-3, 2), (1e-3, 4))]
 COMMON = "--prompts 16 --eval-every 25 --device cpu"
 
 
@@ -25,14 +26,17 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def command(task, algo, seed, flags):
+    return f"python llm_rlvr.py --task {task} --algo {algo} --seed {seed} {flags} {COMMON}"
+
+
 def run(job):
-    task, algo, seed, flags, out = job
-    command = f"llm_rlvr.py --task {task} --algo {algo} --seed {seed} {flags} {COMMON}"
-    subprocess.run([sys.executable, *command.split(), "--out", "out/compare/{task}-{algo}-{seed}"], cwd=HERE.parent, check=True,
-                   stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    (task, algo, seed, flags), out = job, PHASES[sys.argv[1]]["file"]
+    words = [sys.executable, *command(*job).split()[1:], "--out", "out/compare/{task}-{algo}-{seed}"]
+    subprocess.run(words, cwd=HERE.parent, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     records = lines(HERE.parent / "out/compare" / f"{task}-{algo.replace(':', '-')}-{seed}" / "log.jsonl")
     keep = "step", "seconds", "pass1", "greedy", "reward", "kl", "informative", "entropy", "anchor_max", "anchor_size"
-    result = dict(records[-1], algo=algo.split(":lr=")[0], setting=algo, command=f"python {command}", threads=1,
+    result = dict(records[-1], algo=algo.split(":lr=")[0], setting=algo, command=command(*job), threads=1,
                   curve=[{k: r[k] for k in keep if k in r} for r in records if r["kind"] == "eval"])
     with out.open("a") as f:
         f.write(json.dumps(result) + "\n")
@@ -42,13 +46,14 @@ def run(job):
 def best(task, algo):
     """The setting with the highest mean of final and average pass@1 on the tuning seeds."""
     value = lambda r: r["pass1_after"] + sum(e["pass1"] for e in r["curve"]) / len(r["curve"])
-    return max((r for r in lines(TUNE["file"]) if (r["task"], r["algo"]) == (task, algo)), key=value)["setting"]
+    return max((r for r in lines(PHASES["tune"]["file"]) if (r["task"], r["algo"]) == (task, algo)), key=value)["setting"]
 
 
 if __name__ == "__main__":
-    phase = {"tune": TUNE, "record": RECORD}[sys.argv[1]]
-    done = {(r["task"], r["setting"], r["seed"]) for r in lines(phase["file"])}
-    settings = {(t, a): [f"{a}:{g}" for g in GRID] if phase is TUNE else [best(t, a)] for t in TASKS for a in ALGOS}
-    jobs = [(t, s, seed, phase["flags"], phase["file"]) for seed in phase["seeds"] for (t, _), ss in settings.items() for s in ss]
+    phase = PHASES[sys.argv[1]]
+    settings = [(t, s) for t in TASKS for a in ALGOS for s in (
+        [f"{a}:{g}" for g in GRID] if sys.argv[1] == "tune" else [best(t, a)])]
+    done = {r["command"] for r in lines(phase["file"])}
+    jobs = [(t, s, seed, phase["flags"]) for seed in phase["seeds"] for t, s in settings]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, [job for job in jobs if (job[0], job[1], job[2]) not in done]))
+        list(pool.map(run, [job for job in jobs if command(*job) not in done]))
