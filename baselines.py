@@ -3,7 +3,9 @@
 Group losses take (..., K): summed log-probs of K candidates on the last axis; mask (..., K) marks real candidates.
 Sample losses (pg, ppo, dg) take (B, K) summed or (B, K, T) token log-probs, with scores (B, K), or (B, K, T) when each
 token has its own reward; mask, of logp's shape, marks completion tokens. Sum over T, mean over the B * K samples.
-B prompts, K candidates, T tokens. logp_old and scores carry no gradient. A = r - mean(r) over the batch, per position.
+B prompts, K candidates, T tokens. logp_old and scores carry no gradient. Shapes that do not fit: ValueError. fp32 inside
+(fp64 stays fp64). Log-ratios are clamped to [-20, 20]. A = r - mean(r) over the batch; for r per token, at each position
+over the samples that reach it: padding has no reward, so it is not in the mean, nor is a sample without any token.
 
 name           update (loss, before the mean over prompts or samples)    difference from TPO            source
 tpo            -sum_i q_i log p_i, q ~ p_old exp(u / eta)                -                              2604.06159
@@ -18,7 +20,7 @@ dg             -sigmoid(A surprisal / eta) A l, per token                one sam
 """
 import torch
 
-from tpo import standardize, tpo_loss
+from tpo import _prepare, standardize, tpo_loss
 
 
 def tpo_no_anchor_loss(logp, logp_old, scores, eta=1.0, mask=None):
@@ -28,8 +30,8 @@ def tpo_no_anchor_loss(logp, logp_old, scores, eta=1.0, mask=None):
 
 def group_pg_loss(logp, logp_old, scores, mask=None):
     """TPO's u as scalar policy-gradient weights: sum over K, mean over prompts. logp_old is not used."""
-    u = standardize(scores, mask)
-    return -torch.where(u == 0, 0, u * logp).sum(-1).mean()
+    logp, _, scores, mask = _inputs(logp, logp_old, scores, mask)
+    return -(standardize(scores, mask) * logp).sum(-1).mean()
 
 
 def grpo_loss(logp, logp_old, scores, beta=0.04, clip=0.2, mask=None):
@@ -45,39 +47,62 @@ def grpo_masked_loss(logp, logp_old, scores, beta=0.04, clip=0.2, mask=None):
 
 
 def _grpo_per_prompt(logp, logp_old, scores, beta, clip, mask):
-    u = standardize(scores, mask)                                    # the z-score without float noise in equal groups
-    r = (logp.to(u.dtype) - logp_old.detach()).clamp(-20, 20)        # (..., K) log-ratios; exp(20) still fits fp32
-    surrogate = torch.minimum(r.exp() * u, r.exp().clamp(1 - clip, 1 + clip) * u)
-    loss = beta * (torch.exp(-r) + r - 1) - surrogate
-    return (loss if mask is None else loss.masked_fill(~mask, 0)).sum(-1)
+    logp, logp_old, scores, mask = _inputs(logp, logp_old, scores, mask)
+    r = (logp - logp_old).clamp(-20, 20)                              # (..., K) log-ratios, 0 where masked
+    u = standardize(scores, mask)                                     # the z-score without float noise in equal groups
+    return (beta * (torch.exp(-r) + r - 1) - _clipped(r, u, clip, clip)).sum(-1)
 
 
 def pg_loss(logp, logp_old, scores, mask=None):
     """REINFORCE with the batch mean as baseline. logp_old is not used."""
-    return -_sample_mean(_advantage(logp, scores) * logp, mask)
+    logp, _, r, real, mask = _tokens(logp, logp_old, scores, mask)
+    return -_sample_mean(_centre(r, real, (0, 1)) * logp, mask)
 
 
 def ppo_loss(logp, logp_old, scores, clip=0.2, mask=None):
     """Clipped surrogate on the ratio of each element of logp: per token when logp is (B, K, T)."""
-    A, ratio = _advantage(logp, scores), (logp - logp_old.detach()).exp()
-    return -_sample_mean(torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A), mask)
+    logp, logp_old, r, real, mask = _tokens(logp, logp_old, scores, mask)
+    return -_sample_mean(_clipped(logp - logp_old, _centre(r, real, (0, 1)), clip, clip), mask)
 
 
 def dg_loss(logp, logp_old, scores, eta=1.0, mask=None):
     """Delightful Policy Gradient: A gated by sigmoid(A * surprisal / eta). For one epoch. logp_old is not used."""
-    A = _advantage(logp, scores)
+    logp, _, r, real, mask = _tokens(logp, logp_old, scores, mask)
+    A = _centre(r, real, (0, 1))
     gate = torch.sigmoid(A * -logp.detach() / eta)
     return -_sample_mean(gate * A * logp, mask)
 
 
-def _advantage(logp, scores):
-    """r - mean(r) over the B * K samples, at each position when scores are (B, K, T); broadcast over logp's tokens."""
-    A = scores.detach().float()
-    A = A - A.mean((0, 1))
-    return A if A.ndim == logp.ndim else A[..., None]
+def _clipped(delta, A, low, high):
+    """PPO's min(rho A, clip(rho) A) from the log-ratio delta; exp(20) still fits fp32."""
+    rho = delta.clamp(-20, 20).exp()
+    return torch.minimum(rho * A, rho.clamp(1 - low, 1 + high) * A)
+
+
+def _inputs(logp, logp_old, scores, mask):
+    """tpo.py's checks and dtypes; then 0 for whatever is masked, before exp can make inf of it and 0 * inf = NaN."""
+    scores, mask, logp, logp_old = _prepare(scores, mask, logp, logp_old)
+    return *(x.masked_fill(~mask, 0) for x in (logp, logp_old.detach(), scores)), mask
+
+
+def _tokens(logp, logp_old, scores, mask):
+    """Token form: logp, logp_old, mask (B, K, T), T = 1 for sums; r, real (B, K, T), or (B, K, 1) for sample rewards."""
+    if logp.ndim not in (2, 3) or scores.shape not in (logp.shape, logp.shape[:2]):
+        raise ValueError(f"logp {tuple(logp.shape)} and scores {tuple(scores.shape)} do not fit: logp is (B, K) or "
+                         "(B, K, T), scores have its shape or (B, K)")
+    r = scores if scores.ndim == logp.ndim else scores[..., None]
+    logp, logp_old, _, mask = _inputs(logp, logp_old, r.expand_as(logp), mask)
+    logp, logp_old, r, mask = (x if x.ndim == 3 else x[..., None] for x in (logp, logp_old, r, mask))
+    r, real = _prepare(r, mask if r.shape == mask.shape else mask.any(-1, keepdim=True))
+    return logp, logp_old, r, real, mask
+
+
+def _centre(r, real, dim):
+    """r minus its mean over the real entries of dim; 0 elsewhere."""
+    mean = r.masked_fill(~real, 0).sum(dim, keepdim=True) / real.sum(dim, keepdim=True).clamp(min=1)
+    return (r - mean).masked_fill(~real, 0)
 
 
 def _sample_mean(x, mask):
-    """Sum over tokens if there are any, mean over the samples."""
-    x = x if mask is None else x.masked_fill(~mask, 0)
-    return x.sum(-1).mean() if x.ndim == 3 else x.mean()
+    """Sum over tokens, mean over the samples that have any."""
+    return x.masked_fill(~mask, 0).sum() / mask.any(-1).sum().clamp(min=1)

@@ -263,6 +263,68 @@ def test_on_policy_group_gradients_differ_as_the_table_says():
     assert grad(tpo_loss(logp, same, scores), logp).abs().sum(-1).max() <= 2 / 2
 
 
+SAMPLE_LOSSES = [baselines.pg_loss, baselines.ppo_loss, baselines.dg_loss]
+GROUP_LOSSES = [baselines.group_pg_loss, baselines.tpo_no_anchor_loss, baselines.grpo_loss, baselines.grpo_masked_loss]
+
+
+@pytest.mark.parametrize("loss", SAMPLE_LOSSES)
+def test_padding_might_as_well_hold_anything(loss):
+    """A padded log-ratio of 1e4 has exp = inf; its gradient must be 0, not 0 * inf. Padding has no part in the baseline."""
+    for T, score_shape in ((4, (3, 2)), (4, (3, 2, 4)), (None, (3, 2))):
+        shape = (3, 2, T) if T else (3, 2)
+        logp, logp_old, _ = group(*shape)
+        scores, mask = torch.rand(*score_shape, **F64), torch.ones(shape, dtype=torch.bool)
+        mask[0, 1], mask[2, 0] = False, torch.tensor([True, True, False, False]) if T else True
+        real = mask if scores.shape == mask.shape else mask.any(-1)
+        clean = grad(loss(logp, logp_old, scores.masked_fill(~real, 0), mask=mask), logp)
+        for bad in (1e4, math.inf, math.nan):
+            dirty = loss(logp.masked_fill(~mask, bad), logp_old.masked_fill(~mask, -1e4), scores.masked_fill(~real, bad), mask=mask)
+            assert torch.equal(grad(dirty, logp), clean) and clean[~mask].abs().max() == 0 and clean.abs().max() > 0
+        if not T:                                                           # the absent sample might as well not be there
+            keep = mask.flatten()
+            short = [x.flatten()[keep][:, None] for x in (logp, logp_old, scores)]
+            torch.testing.assert_close(grad(loss(*short), logp), clean)
+
+
+def test_baseline_per_position_is_the_mean_over_the_samples_that_reach_it():
+    logp, mask = torch.zeros(3, 1, 2, **F64, requires_grad=True), torch.ones(3, 1, 2, dtype=torch.bool)
+    r = torch.tensor([[[1.0, 4]], [[3, 9]], [[5, 2]]])
+    mask[1, 0, 1] = False                                                   # means 3 and (4 + 2) / 2 = 3
+    g = grad(pg_loss(logp, logp, r, mask=mask), logp)
+    torch.testing.assert_close(g, torch.tensor([[[2.0, -1]], [[0, 0]], [[-2, 1]]], **F64) / 3)
+
+
+@pytest.mark.parametrize("loss", [*GROUP_LOSSES, *SAMPLE_LOSSES])
+def test_baselines_refuse_shapes_that_broadcasting_would_hide(loss):
+    for shapes in (((2, 4), (2, 1), (2, 4)), ((2, 4), (2, 4), (2, 1)), ((2, 4), (2, 4), (4,)), ((2, 1), (2, 4), (2, 4))):
+        with pytest.raises(ValueError) as error:
+            loss(*(torch.zeros(s) for s in shapes))
+        assert sum(str(s) in str(error.value) for s in {*shapes}) >= 2, (shapes, error.value)
+    with pytest.raises(ValueError, match=r"\(2, 4.*\(2, 3"):
+        loss(*[torch.zeros(2, 4)] * 3, mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("loss", SAMPLE_LOSSES)
+@pytest.mark.parametrize("scores", [(2, 3, 1), (2, 4), (2, 3, 4, 1), (3, 4)])
+def test_sample_losses_refuse_scores_that_fit_neither_samples_nor_tokens(loss, scores):
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\)"):
+        loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(scores))
+
+
+@pytest.mark.parametrize("loss", [*GROUP_LOSSES, *SAMPLE_LOSSES])
+def test_baselines_survive_impossible_candidates_and_keep_fp64(loss):
+    """log p = -inf (or a log-ratio that overflows exp) gives a finite loss and gradient; fp64 in, fp64 out and precise."""
+    for extreme in (-math.inf, -1e4, 1e4):
+        logp, logp_old = torch.tensor([[extreme, -1.0, -2.0]], requires_grad=True), torch.tensor([[-1.0, extreme, -2.0]])
+        for scores in (torch.tensor([[1.0, 0.0, 0.5]]), torch.tensor([[0.5, 0.5, 0.5]])):
+            value = loss(logp, logp_old, scores)
+            assert value.isfinite() and grad(value, logp).isfinite().all(), (extreme, scores)
+    scores = torch.tensor([[1.0, 1 / 3, 0.7]], **F64)
+    shift = scores + 1e-9 * torch.tensor([[1.0, 0.0, 0.0]], **F64)          # fp32 cannot tell the two apart
+    a, b = (loss(torch.tensor([[-1.0, -2.0, -0.9]], **F64), torch.full((1, 3), -1.0, **F64), s) for s in (scores, shift))
+    assert a.dtype == torch.float64 and a != b
+
+
 # ------------------------------------------------------------------------------------------------------------ llm_rlvr.py
 TINY = ["--width", "32", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--prompts", "6", "--candidates", "4", "--device", "cpu"]
 
