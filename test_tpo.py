@@ -263,8 +263,10 @@ def test_on_policy_group_gradients_differ_as_the_table_says():
     assert grad(tpo_loss(logp, same, scores), logp).abs().sum(-1).max() <= 2 / 2
 
 
-SAMPLE_LOSSES = [baselines.pg_loss, baselines.ppo_loss, baselines.dg_loss]
-GROUP_LOSSES = [baselines.group_pg_loss, baselines.tpo_no_anchor_loss, baselines.grpo_loss, baselines.grpo_masked_loss]
+SAMPLE_LOSSES = [baselines.pg_loss, baselines.ppo_loss, baselines.dg_loss, baselines.kondo_loss]
+SEQUENCE_LOSSES = [baselines.dr_grpo_loss, baselines.dapo_loss, baselines.gspo_loss, baselines.cispo_loss]
+GROUP_LOSSES = [baselines.group_pg_loss, baselines.tpo_no_anchor_loss, baselines.grpo_loss, baselines.grpo_masked_loss,
+                baselines.rloo_loss, baselines.maxrl_loss, baselines.rebel_loss, baselines.oapl_loss]
 
 
 @pytest.mark.parametrize("loss", SAMPLE_LOSSES)
@@ -294,7 +296,7 @@ def test_baseline_per_position_is_the_mean_over_the_samples_that_reach_it():
     torch.testing.assert_close(g, torch.tensor([[[2.0, -1]], [[0, 0]], [[-2, 1]]], **F64) / 3)
 
 
-@pytest.mark.parametrize("loss", [*GROUP_LOSSES, *SAMPLE_LOSSES])
+@pytest.mark.parametrize("loss", [*GROUP_LOSSES, *SAMPLE_LOSSES, *SEQUENCE_LOSSES])
 def test_baselines_refuse_shapes_that_broadcasting_would_hide(loss):
     for shapes in (((2, 4), (2, 1), (2, 4)), ((2, 4), (2, 4), (2, 1)), ((2, 4), (2, 4), (4,)), ((2, 1), (2, 4), (2, 4))):
         with pytest.raises(ValueError) as error:
@@ -304,14 +306,17 @@ def test_baselines_refuse_shapes_that_broadcasting_would_hide(loss):
         loss(*[torch.zeros(2, 4)] * 3, mask=torch.ones(2, 3, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("loss", SAMPLE_LOSSES)
+@pytest.mark.parametrize("loss", [*SAMPLE_LOSSES, *SEQUENCE_LOSSES])
 @pytest.mark.parametrize("scores", [(2, 3, 1), (2, 4), (2, 3, 4, 1), (3, 4)])
 def test_sample_losses_refuse_scores_that_fit_neither_samples_nor_tokens(loss, scores):
     with pytest.raises(ValueError, match=r"\(2, 3, 4\)"):
         loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(scores))
+    if loss in SEQUENCE_LOSSES:                                             # one score per candidate: it is compared in its group
+        with pytest.raises(ValueError, match=r"scores \(2, 3, 4\)"):
+            loss(*[torch.zeros(2, 3, 4)] * 3)
 
 
-@pytest.mark.parametrize("loss", [*GROUP_LOSSES, *SAMPLE_LOSSES])
+@pytest.mark.parametrize("loss", [*GROUP_LOSSES, *SAMPLE_LOSSES, *SEQUENCE_LOSSES])
 def test_baselines_survive_impossible_candidates_and_keep_fp64(loss):
     """log p = -inf (or a log-ratio that overflows exp) gives a finite loss and gradient; fp64 in, fp64 out and precise."""
     for extreme in (-math.inf, -1e4, 1e4):
@@ -323,6 +328,98 @@ def test_baselines_survive_impossible_candidates_and_keep_fp64(loss):
     shift = scores + 1e-9 * torch.tensor([[1.0, 0.0, 0.0]], **F64)          # fp32 cannot tell the two apart
     a, b = (loss(torch.tensor([[-1.0, -2.0, -0.9]], **F64), torch.full((1, 3), -1.0, **F64), s) for s in (scores, shift))
     assert a.dtype == torch.float64 and a != b
+
+
+def clipped(delta, A, low, high):
+    rho = math.exp(delta.item())
+    stopped = A > 0 and rho > 1 + high or A < 0 and rho < 1 - low
+    return min(max(rho, 1 - low), 1 + high) * A if stopped else torch.exp(delta) * A
+
+
+def formula(name, l, old, r, real):
+    """The losses of one batch by loops over prompts, candidates and tokens; real[b][k] lists the completion's tokens."""
+    B, K = r.shape
+    sums, D = ({(b, k): sum(x[b, k, t] for t in real[b][k]) for b in range(B) for k in range(K)} for x in (l, l - old))
+    tokens, total = sum(len(ts) for row in real for ts in row), 0.0
+    batch = float(r.mean())
+    delight = {s: (float(r[s]) - batch) * -sums[s].item() for s in sums}
+    best = sorted(delight, key=delight.get)[-max(1, int(0.3 * B * K)):]
+    for b in range(B):
+        R = r[b].tolist()
+        mean, sigma = sum(R) / K, float(r[b].std(correction=0))
+        u = [(x - mean) / sigma if sigma > 1e-9 else 0.0 for x in R]
+        V = math.log(sum(math.exp(x / 0.5) for x in R) / K) * 0.5
+        for k in range(K):
+            others = [R[j] for j in range(K) if j != k]
+            delta = lambda t: l[b, k, t] - old[b, k, t]
+            total = total + {
+                "rloo": lambda: -(R[k] - sum(others) / (K - 1)) * sums[b, k] / (B * K),
+                "maxrl": lambda: -(R[k] - mean) / mean * sums[b, k] / (B * K) if mean else 0 * sums[b, k],
+                "rebel": lambda: sum(((D[b, k] - D[b, j]) / 0.7 - (R[k] - R[j])) ** 2 for j in range(k)) / (K * (K - 1) / 2) / B,
+                "oapl": lambda: (0.2 * D[b, k] - (R[k] - V)) ** 2 / (B * K),
+                "kondo": lambda: -(R[k] - batch) * sums[b, k] / (B * K) if (b, k) in best else 0 * sums[b, k],
+                "dr_grpo": lambda: -sum(clipped(delta(t), R[k] - mean, 0.2, 0.2) for t in real[b][k]) / 7 / (B * K),
+                "dapo": lambda: -sum(clipped(delta(t), u[k], 0.2, 0.28) for t in real[b][k]) / tokens,
+                "gspo": lambda: -clipped(D[b, k] / len(real[b][k]), u[k], 3e-4, 4e-4) / (B * K),
+                "cispo": lambda: -sum(min(math.exp(delta(t).item()), 1.3) * u[k] * l[b, k, t] for t in real[b][k]) / tokens}[name]()
+    return total
+
+
+SETTINGS = {"rloo": {}, "maxrl": {}, "rebel": dict(eta=0.7), "oapl": dict(b1=0.5, b2=0.2), "kondo": dict(keep=0.3),
+            "dr_grpo": dict(length=7), "dapo": {}, "gspo": {}, "cispo": dict(cap=1.3)}
+GROUPED = ("rloo", "maxrl", "rebel", "oapl")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("shift", [0.0, 1e-3, 0.3])                          # on policy; around GSPO's clip; around the others'
+def test_comparators_are_their_formulas(name, shift):
+    l, noise = (torch.randn(3, 4, 5, **F64, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    l, real = (l - 1).requires_grad_(), [[range(1 + (3 * b + 2 * k) % 5) for k in range(4)] for b in range(3)]
+    old, mask = l.detach() - shift * noise, torch.tensor([[[t in ts for t in range(5)] for ts in row] for row in real])
+    r = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]] if name == "maxrl" else
+                     [[1.0, 0.2, 0, 0.7], [0.1] * 4, [0, 3, 2, 1]], **F64)
+    loss = getattr(baselines, name + "_loss")
+    if name in GROUPED:
+        value = loss(l.masked_fill(~mask, 0).sum(-1), old.masked_fill(~mask, 0).sum(-1), r, **SETTINGS[name])
+    else:
+        value = loss(l, old, r, **SETTINGS[name], mask=mask)
+    expected = formula(name, l, old, r, real)
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+    g = grad(expected, l)
+    torch.testing.assert_close(grad(value, l), g, rtol=1e-9, atol=1e-12)
+    assert g.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_comparators_skip_absent_candidates(name):
+    """Candidates without a token, full of NaN, might as well not exist; a group of one and a group of none stay finite."""
+    tail = () if name in GROUPED else (3,)
+    logp, logp_old, _ = group(2, 5, *tail)
+    scores, mask = (torch.rand(2, 5, **F64) > 0.5).double(), torch.ones(2, 5, *tail, dtype=torch.bool)
+    scores[:, 0], mask[:, 1], mask[:, 4] = 1, False, False
+    keep, loss = [0, 2, 3], getattr(baselines, name + "_loss")
+    hide = lambda x: x.masked_fill(~mask if x.ndim == mask.ndim else ~mask.any(-1), math.nan)
+    dirty, short = loss(*map(hide, (logp, logp_old, scores)), mask=mask), loss(logp[:, keep], logp_old[:, keep], scores[:, keep])
+    torch.testing.assert_close(dirty, short)
+    torch.testing.assert_close(grad(dirty, logp), grad(short, logp))
+    mask[0], mask[1, 1:] = False, False
+    lone = loss(logp, logp_old, scores, mask=mask)
+    assert lone.isfinite() and grad(lone, logp).isfinite().all()
+
+
+def test_comparator_defaults():
+    """Each default, by a case that another value would change."""
+    l = torch.tensor([[[math.log(1.27)], [0.0]]], requires_grad=True)       # A > 0 at ratio 1.27: inside DAPO's 1.28, not .2
+    zeros, r = torch.zeros(1, 2, 1), torch.tensor([[1.0, 0.0]])
+    for loss, moves in ((baselines.dapo_loss, True), (baselines.dr_grpo_loss, False)):
+        assert (grad(loss(l, zeros, r), l)[0, 0] != 0) == moves
+    for ratio, moves in ((3.9e-4, True), (4.1e-4, False)):
+        l = torch.tensor([[[math.log1p(ratio)], [0.0]]], **F64, requires_grad=True)
+        assert (grad(baselines.gspo_loss(l, zeros.double(), r), l)[0, 0] != 0) == moves
+    l = torch.tensor([[[math.log(9.0)], [0.0]]], requires_grad=True)        # CISPO: weight 5, never 0
+    assert grad(baselines.cispo_loss(l, zeros, r), l)[0, 0].item() == pytest.approx(-5 / 2)
+    l = torch.randn(10, 10, requires_grad=True)
+    assert (grad(baselines.kondo_loss(l, l.detach(), torch.rand(10, 10)), l) != 0).sum() == 3
 
 
 # ------------------------------------------------------------------------------------------------------------ llm_rlvr.py
