@@ -1,5 +1,6 @@
 """pytest: the mathematics of the losses, then the behaviour of each script, run as a user runs it."""
 import gzip
+import importlib.util
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import urllib.request
 from pathlib import Path
 
@@ -1042,3 +1044,105 @@ def test_cuda_bf16_run_learns_nothing_wrong(tmp_path):
                        str(tmp_path / str(len(extra))), *extra])
         updates = [r for r in records(tmp_path / str(len(extra))) if r["kind"] == "update"]
         assert len(updates) == 5 and all(math.isfinite(v) for r in updates for v in r.values() if not isinstance(v, str))
+
+
+# ---------------------------------------------------------------------------------------------------------------- recipes/
+def recipe(name, *needs):
+    """Import recipes/<name>.py, or skip the test where what it needs is not installed."""
+    missing = [package for package in needs if importlib.util.find_spec(package) is None]
+    if missing:
+        pytest.skip(f"recipes/{name}.py needs: pip install {' '.join(missing)}")
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_verl_loss_with_our_advantage_has_the_gradient_of_tpo_loss():
+    verl_tpo = recipe("verl_tpo", "verl")
+    from verl.trainer.ppo import core_algos
+    logp, rewards, mask = torch.randn(6, 5).requires_grad_(), torch.zeros(6, 5), torch.arange(5) < torch.tensor([[5], [2], [3], [1], [4], [5]])
+    rewards[:, 0] = torch.tensor([1.0, 0.2, 0, 0.5, 0, 0.5])
+    uid = ["a", "b", "a", "b", "a", "b"]                                    # rows of a group need not be neighbours
+    A, _ = core_algos.get_adv_estimator_fn("tpo")(token_level_rewards=rewards, response_mask=mask.float(), index=uid, config=None)
+    l = logp.masked_fill(~mask, 0).sum(-1).view(3, 2).T                     # (2 prompts, 3)
+    expected = grad(tpo_loss(l, l.detach(), rewards[:, 0].view(3, 2).T, anchor=0.0), logp)
+    gpg, total = core_algos.get_policy_loss_fn("gpg"), 0
+    for rows in ([0, 3], [5, 1, 2], [4]):                                   # any micro-batches; verl passes the global size
+        config = types.SimpleNamespace(global_batch_info=dict(dp_size=1, global_batch_size=6))
+        total += gpg(logp[rows].detach(), logp[rows], A[rows], mask[rows].float(), "seq-mean-token-sum", config)[0]
+    torch.testing.assert_close(grad(total, logp), expected)
+    assert expected.abs().max() > 0.01
+
+
+def trl_run(tmp_path, trl_tpo, accumulate, epochs, **settings):
+    """A trainer of a random Qwen3-shaped model on 8 prompts, K = 4, 2 groups a micro-batch."""
+    import datasets, tokenizers, transformers, trl
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *"abcdefghijkl"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=14, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, bos_token_id=None))
+    args = trl.GRPOConfig(**dict(dict(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", num_generations=4,
+        per_device_train_batch_size=8, gradient_accumulation_steps=accumulate, num_iterations=epochs, max_completion_length=6,
+        max_steps=4, learning_rate=1e-2, max_grad_norm=0, beta=0.0, save_strategy="no", disable_tqdm=True), **settings))
+    reward = lambda completions, **kw: [text.count("a") + 0.5 * text.count("b") for text in completions]
+    data = datasets.Dataset.from_dict({"prompt": ["a b c", "d", "e f", "g h i j", "k", "l a", "b d", "c e"]})
+    return trl_tpo.TPOTrainer(model, reward_funcs=reward, args=args, train_dataset=data, processing_class=tokenizer, anchor=0.25)
+
+
+@pytest.mark.parametrize("accumulate, epochs", [(2, 3), (1, 1)])
+def test_trl_step_has_the_gradient_of_tpo_loss(tmp_path, accumulate, epochs):
+    """At each optimizer step, the gradient that TRL hands to the optimizer is tpo_loss's over whole groups, q frozen."""
+    trl_tpo = recipe("trl_tpo", "trl")
+    import transformers
+    trainer = trl_run(tmp_path, trl_tpo, accumulate, epochs)
+    rollouts, errors = [], []
+
+    class Check(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
+            got = torch.cat([p.grad.flatten() for p in model.parameters()])
+            if state.global_step % epochs == 0:
+                rows = {k: torch.cat([b[k] for b in trainer._buffered_inputs]) for k in ("prompt_ids", "prompt_mask", "completion_ids",
+                                                                                      "completion_mask")}
+                text = trainer.processing_class.batch_decode(rows["completion_ids"], skip_special_tokens=True)
+                rollouts.append((rows, torch.tensor([x.count("a") + 0.5 * x.count("b") for x in text]).view(-1, 4)))
+                assert (rows["prompt_ids"].view(-1, 4, rows["prompt_ids"].shape[1]).diff(dim=1) == 0).all()   # whole groups
+            rows, scores = rollouts[-1]
+            ids = torch.cat((rows["prompt_ids"], rows["completion_ids"]), 1)
+            P = rows["prompt_ids"].shape[1]
+            attention = torch.cat((rows["prompt_mask"], rows["completion_mask"]), 1)
+            logits = model(ids, attention_mask=attention).logits[:, P - 1:-1]
+            l = (logits.log_softmax(-1).gather(-1, ids[:, P:, None])[..., 0] * rows["completion_mask"]).sum(-1).view(-1, 4)
+            if state.global_step % epochs == 0:
+                rows["old"] = l.detach()
+            loss = tpo_loss(l, rows["old"], scores, anchor=0.25)
+            expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+            errors.append(float((got - expected).norm() / expected.norm()))
+
+    trainer.add_callback(Check())
+    trainer.train()
+    print(f"TRL, {accumulate} micro-batches, {epochs} epochs: relative gradient errors {errors}")
+    assert len(errors) == 4 and len(rollouts) == (2 if epochs == 3 else 4) and max(errors) < 1e-3
+
+
+def test_trl_settings_that_split_groups_or_change_the_loss_are_refused(tmp_path):
+    trl_tpo = recipe("trl_tpo", "trl")
+    for wrong, words in ((dict(per_device_train_batch_size=2, gradient_accumulation_steps=2), "splits groups"),
+                         (dict(temperature=0.7), "temperature 0.7"), (dict(scale_rewards="batch"), "scale_rewards")):
+        with pytest.raises(ValueError, match=words):
+            trl_run(tmp_path, trl_tpo, wrong.pop("gradient_accumulation_steps", 1), 1, **wrong)
+
+
+def test_trl_advantage_form_has_the_gradient_of_tpo_loss():
+    """dr_grpo's loss on the first epoch, -A l_t summed over tokens / (rows * budget), in micro-batches that split groups."""
+    trl_tpo = recipe("trl_tpo", "trl")
+    logp, scores = torch.randn(8, 5, **F64).requires_grad_(), torch.rand(2, 4, **F64)
+    l = logp.sum(-1).view(2, 4)
+    A = trl_tpo.advantages(l.detach(), scores, 7, 0.5, 0.25)
+    g = sum(grad(-(A[rows, None] * (logp[rows] - logp[rows].detach()).exp()).sum() / (2 * 7), logp) for rows in torch.randperm(8).split(2)) / 4
+    torch.testing.assert_close(g, grad(tpo_loss(l, l.detach(), scores, 0.5, 0.25), logp))
