@@ -1,24 +1,39 @@
-"""The methods TPO is compared with, under tpo_loss's convention: loss(logp, logp_old, scores, ..., mask=None) -> scalar.
+"""The methods TPO is compared with, all called as tpo_loss is: loss(logp, logp_old, scores, ..., mask=None) -> scalar.
 
 Group losses take (..., K): summed log-probs of K candidates on the last axis; mask (..., K) marks real candidates.
-Sample losses (pg, ppo, dg) take (B, K) summed or (B, K, T) token log-probs, with scores (B, K), or (B, K, T) when each
-token has its own reward; mask, of logp's shape, marks completion tokens. Sum over T, mean over the B * K samples.
-B prompts, K candidates, T tokens. logp_old and scores carry no gradient. A = r - mean(r) over the batch, per position.
+Sample losses (pg and all below it) take (B, K) summed or (B, K, T) token log-probs; mask, of the same shape, marks
+completion tokens; scores are (B, K), or in pg, ppo, dg and kondo (B, K, T) when each token has its own reward. Sum over
+T, mean over the B * K samples; dapo and cispo: mean over tokens. B prompts, K candidates, T tokens. logp_old and scores
+carry no gradient. Shapes that do not fit: ValueError. fp32 inside (fp64 stays fp64). log rho is clamped to [-20, 20].
+
+A = r - mean(r) over the batch; for r per token, at each position over the samples that reach it: padding has no reward,
+so it is not in the mean, nor is a sample without any token. C = r - mean(r) over the group, u = C / sigma (population).
+rho = pi / pi_old per token (grpo: per sequence), clip(rho) in [1 - .2, 1 + .2] unless the line says otherwise.
+Losses without rho are for one epoch, but for rebel and oapl, regressions that hold on any epoch.
 
 name           update (loss, before the mean over prompts or samples)    difference from TPO            source
 tpo            -sum_i q_i log p_i, q ~ p_old exp(u / eta)                -                              2604.06159
 tpo_no_anchor  the same with q ~ exp(u / eta)                            the target forgets p_old       2604.06159
 group_pg       -sum_i u_i l_i                                            u as a weight: no fixed point  2604.06159
-grpo           -sum_i min(rho u, clip(rho) u) + beta KL, rho = p / p_old stopped by a clip, no target   2402.03300
+grpo           -sum_i min(rho u, clip(rho) u) + beta KL                  stopped by a clip, no target   2402.03300
 grpo, beta=0   the same without the KL penalty                           nothing pulls back to pi_old   2402.03300
 grpo_masked    grpo, averaged over the groups with sigma > 0             equal groups do not pull back  2604.06159
+rloo           -A_i l_i, A_i = r_i - mean of the others' r               scalar weight, no sigma        2402.14740
+maxrl          -(C_i / mean(r)) l_i, binary r                            rare success weighs 1 / mean   2602.02710
+rebel          ((D_a - D_b) / eta - (r_a - r_b))^2, D = l - l_old        squares over pairs, raw r      2404.16767
+oapl           (b2 D - (r - V))^2, V = b1 log mean_j exp(r_j / b1)       squares against a soft value   2602.19362
 pg             -A l                                                      one sample, scalar weight      REINFORCE, 1992
 ppo            -min(rho A, clip(rho) A), per token                       one sample, clip per token     1707.06347
 dg             -sigmoid(A surprisal / eta) A l, per token                one sample, gated weight       2603.14608
+kondo          -A l for the samples with the largest A * surprisal       most samples need no backward  2603.20526
+dr_grpo        -min(rho C, clip(rho) C) / constant length, per token     no sigma, no sequence length   2503.20783
+dapo           -min(rho u, clip(rho) u), rho to 1.28, mean over tokens   more room up than down         2503.14476
+gspo           -min(s u, clip(s) u), s = exp(mean_t log rho_t)           clip per sequence, 3e-4, 4e-4  2507.18071
+cispo          -sg(min(rho, 5)) u l, mean over tokens                    no token loses its gradient    2506.13585
 """
 import torch
 
-from tpo import standardize, tpo_loss
+from tpo import _prepare, standardize, tpo_loss
 
 
 def tpo_no_anchor_loss(logp, logp_old, scores, eta=1.0, mask=None):
@@ -28,8 +43,8 @@ def tpo_no_anchor_loss(logp, logp_old, scores, eta=1.0, mask=None):
 
 def group_pg_loss(logp, logp_old, scores, mask=None):
     """TPO's u as scalar policy-gradient weights: sum over K, mean over prompts. logp_old is not used."""
-    u = standardize(scores, mask)
-    return -torch.where(u == 0, 0, u * logp).sum(-1).mean()
+    logp, _, scores, mask = _inputs(logp, logp_old, scores, mask)
+    return -(standardize(scores, mask) * logp).sum(-1).mean()
 
 
 def grpo_loss(logp, logp_old, scores, beta=0.04, clip=0.2, mask=None):
@@ -45,39 +60,145 @@ def grpo_masked_loss(logp, logp_old, scores, beta=0.04, clip=0.2, mask=None):
 
 
 def _grpo_per_prompt(logp, logp_old, scores, beta, clip, mask):
-    u = standardize(scores, mask)                                    # the z-score without float noise in equal groups
-    r = (logp.to(u.dtype) - logp_old.detach()).clamp(-20, 20)        # (..., K) log-ratios; exp(20) still fits fp32
-    surrogate = torch.minimum(r.exp() * u, r.exp().clamp(1 - clip, 1 + clip) * u)
-    loss = beta * (torch.exp(-r) + r - 1) - surrogate
-    return (loss if mask is None else loss.masked_fill(~mask, 0)).sum(-1)
+    logp, logp_old, scores, mask = _inputs(logp, logp_old, scores, mask)
+    r = (logp - logp_old).clamp(-20, 20)                              # (..., K) log-ratios, 0 where masked
+    u = standardize(scores, mask)                                     # the z-score without float noise in equal groups
+    return (beta * (torch.exp(-r) + r - 1) - _clipped(r, u, clip, clip)).sum(-1)
+
+
+def rloo_loss(logp, logp_old, scores, mask=None):
+    """REINFORCE leave-one-out: mean over K and prompts. A lone candidate rests. logp_old is not used."""
+    logp, _, scores, mask = _inputs(logp, logp_old, scores, mask)
+    n = mask.sum(-1, keepdim=True)
+    A = _centre(scores, mask, -1) * n / (n - 1).clamp(min=1)          # = r_i - mean of the other n - 1
+    return -_group_mean(A * logp, mask)
+
+
+def maxrl_loss(logp, logp_old, scores, mask=None):
+    """MaxRL for scores in {0, 1}: mean over K and prompts; a group without success rests. logp_old is not used."""
+    logp, _, scores, mask = _inputs(logp, logp_old, scores, mask)
+    mean = scores.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return -_group_mean(torch.where(mean == 0, 0, _centre(scores, mask, -1) / mean) * logp, mask)
+
+
+def rebel_loss(logp, logp_old, scores, eta=1.0, mask=None):
+    """REBEL: mean over the pairs a < b of a group, then over prompts; a lone candidate gives 0."""
+    logp, logp_old, scores, mask = _inputs(logp, logp_old, scores, mask)
+    d = _centre((logp - logp_old) / eta - scores, mask, -1)
+    return (2 * d.square().sum(-1) / (mask.sum(-1) - 1).clamp(min=1)).mean()           # sum over pairs = n sum of d^2
+
+
+def oapl_loss(logp, logp_old, scores, b1=1.0, b2=1e-3, mask=None):
+    """OAPL: regress b2 log(pi / pi_old) on r - V, mean over K and prompts. Made for stale logp_old."""
+    logp, logp_old, scores, mask = _inputs(logp, logp_old, scores, mask)
+    n = mask.sum(-1, keepdim=True).clamp(min=1)
+    V = b1 * ((scores / b1).masked_fill(~mask, -torch.inf).logsumexp(-1, keepdim=True) - n.to(scores).log())
+    return _group_mean((b2 * (logp - logp_old) - (scores - V)).square(), mask)
 
 
 def pg_loss(logp, logp_old, scores, mask=None):
     """REINFORCE with the batch mean as baseline. logp_old is not used."""
-    return -_sample_mean(_advantage(logp, scores) * logp, mask)
+    logp, _, r, real, mask = _tokens(logp, logp_old, scores, mask)
+    return -_sample_mean(_centre(r, real, (0, 1)) * logp, mask)
 
 
 def ppo_loss(logp, logp_old, scores, clip=0.2, mask=None):
     """Clipped surrogate on the ratio of each element of logp: per token when logp is (B, K, T)."""
-    A, ratio = _advantage(logp, scores), (logp - logp_old.detach()).exp()
-    return -_sample_mean(torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A), mask)
+    logp, logp_old, r, real, mask = _tokens(logp, logp_old, scores, mask)
+    return -_sample_mean(_clipped(logp - logp_old, _centre(r, real, (0, 1)), clip, clip), mask)
 
 
 def dg_loss(logp, logp_old, scores, eta=1.0, mask=None):
     """Delightful Policy Gradient: A gated by sigmoid(A * surprisal / eta). For one epoch. logp_old is not used."""
-    A = _advantage(logp, scores)
+    logp, _, r, real, mask = _tokens(logp, logp_old, scores, mask)
+    A = _centre(r, real, (0, 1))
     gate = torch.sigmoid(A * -logp.detach() / eta)
     return -_sample_mean(gate * A * logp, mask)
 
 
-def _advantage(logp, scores):
-    """r - mean(r) over the B * K samples, at each position when scores are (B, K, T); broadcast over logp's tokens."""
-    A = scores.detach().float()
-    A = A - A.mean((0, 1))
-    return A if A.ndim == logp.ndim else A[..., None]
+def kondo_loss(logp, logp_old, scores, keep=0.03, mask=None):
+    """The Kondo gate: only the share `keep` of samples (one at least) with the largest delight A * surprisal counts.
+
+    The rest has no gradient, so it needs no backward. Delight is summed over T. For one epoch. logp_old is not used.
+    """
+    logp, _, r, real, mask = _tokens(logp, logp_old, scores, mask)
+    A = _centre(r, real, (0, 1))
+    delight = (A * -logp.detach()).sum(-1).masked_fill(~mask.any(-1), -torch.inf).flatten()
+    best = delight.topk(max(1, int(keep * delight.numel()))).indices
+    gate = torch.zeros_like(delight).index_fill(0, best, 1).view(logp.shape[:2])
+    return -_sample_mean(gate[..., None] * A * logp, mask)
+
+
+def dr_grpo_loss(logp, logp_old, scores, clip=0.2, length=1, mask=None):
+    """Dr. GRPO: no sigma, no sequence length; `length` is the authors' constant, the generation budget in tokens."""
+    logp, logp_old, r, real, mask = _tokens(logp, logp_old, scores, mask, per_token=False)
+    return -_sample_mean(_clipped(logp - logp_old, _centre(r, real, 1), clip, clip), mask) / length
+
+
+def dapo_loss(logp, logp_old, scores, low=0.2, high=0.28, mask=None):
+    """DAPO: clip-higher, mean over the batch's tokens. Redrawing groups with sigma = 0 is left to the sampling."""
+    logp, logp_old, r, real, mask = _tokens(logp, logp_old, scores, mask, per_token=False)
+    return -_token_mean(_clipped(logp - logp_old, _group_u(r, real), low, high), mask)
+
+
+def gspo_loss(logp, logp_old, scores, low=3e-4, high=4e-4, mask=None):
+    """GSPO: one ratio per sequence, the geometric mean of its tokens' ratios; needs token log-probs (B, K, T)."""
+    logp, logp_old, r, real, mask = _tokens(logp, logp_old, scores, mask, per_token=False)
+    delta = (logp - logp_old).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return -_sample_mean(_clipped(delta, _group_u(r, real), low, high), mask.any(-1, keepdim=True))
+
+
+def cispo_loss(logp, logp_old, scores, cap=5.0, mask=None):
+    """CISPO: clip the weight, not the update. `cap` bounds rho itself, as in TRL; 5 is ScaleRL's (2510.13786)."""
+    logp, logp_old, r, real, mask = _tokens(logp, logp_old, scores, mask, per_token=False)
+    rho = (logp.detach() - logp_old).clamp(-20, 20).exp().clamp(max=cap)
+    return -_token_mean(rho * _group_u(r, real) * logp, mask)
+
+
+def _clipped(delta, A, low, high):
+    """PPO's min(rho A, clip(rho) A) from the log-ratio delta; exp(20) still fits fp32."""
+    rho = delta.clamp(-20, 20).exp()
+    return torch.minimum(rho * A, rho.clamp(1 - low, 1 + high) * A)
+
+
+def _inputs(logp, logp_old, scores, mask):
+    """tpo.py's checks and dtypes; then 0 for whatever is masked, before exp can make inf of it and 0 * inf = NaN."""
+    scores, mask, logp, logp_old = _prepare(scores, mask, logp, logp_old)
+    return *(x.masked_fill(~mask, 0) for x in (logp, logp_old.detach(), scores)), mask
+
+
+def _tokens(logp, logp_old, scores, mask, per_token=True):
+    """logp, logp_old, mask in token form (B, K, T), T = 1 for sums; r, real too, but (B, K, 1) for sample rewards."""
+    if logp.ndim not in (2, 3) or scores.shape not in (logp.shape[:2], logp.shape)[:1 + per_token]:
+        raise ValueError(f"logp {tuple(logp.shape)} and scores {tuple(scores.shape)} do not fit: logp is (B, K) or "
+                         f"(B, K, T), scores are (B, K){' or (B, K, T)' * per_token}")
+    r = scores if scores.ndim == logp.ndim else scores[..., None]
+    logp, logp_old, _, mask = _inputs(logp, logp_old, r.expand_as(logp), mask)
+    logp, logp_old, r, mask = (x if x.ndim == 3 else x[..., None] for x in (logp, logp_old, r, mask))
+    r, real = _prepare(r, mask if r.shape == mask.shape else mask.any(-1, keepdim=True))
+    return logp, logp_old, r, real, mask
+
+
+def _centre(r, real, dim):
+    """r minus its mean over the real entries of dim; 0 elsewhere."""
+    mean = r.masked_fill(~real, 0).sum(dim, keepdim=True) / real.sum(dim, keepdim=True).clamp(min=1)
+    return (r - mean).masked_fill(~real, 0)
 
 
 def _sample_mean(x, mask):
-    """Sum over tokens if there are any, mean over the samples."""
-    x = x if mask is None else x.masked_fill(~mask, 0)
-    return x.sum(-1).mean() if x.ndim == 3 else x.mean()
+    """Sum over tokens, mean over the samples that have any."""
+    return x.masked_fill(~mask, 0).sum() / mask.any(-1).sum().clamp(min=1)
+
+
+def _group_u(r, real):
+    """TPO's u of each sample within its prompt's group: (B, K, 1)."""
+    return standardize(r[..., 0], real[..., 0])[..., None]
+
+
+def _group_mean(x, mask):
+    """Mean over the real candidates of each group, then over the groups."""
+    return (x.masked_fill(~mask, 0).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+
+
+def _token_mean(x, mask):
+    return x.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)

@@ -1,5 +1,6 @@
 """pytest: the mathematics of the losses, then the behaviour of each script, run as a user runs it."""
 import gzip
+import importlib.util
 import io
 import itertools
 import json
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import urllib.request
 from pathlib import Path
 
@@ -262,6 +264,165 @@ def test_on_policy_group_gradients_differ_as_the_table_says():
     same = logp.detach()
     torch.testing.assert_close(grad(grpo_loss(logp, same, scores), logp), -standardize(scores) / 2)
     assert grad(tpo_loss(logp, same, scores), logp).abs().sum(-1).max() <= 2 / 2
+
+
+SAMPLE_LOSSES = [baselines.pg_loss, baselines.ppo_loss, baselines.dg_loss, baselines.kondo_loss]
+SEQUENCE_LOSSES = [baselines.dr_grpo_loss, baselines.dapo_loss, baselines.gspo_loss, baselines.cispo_loss]
+GROUP_LOSSES = [baselines.group_pg_loss, baselines.tpo_no_anchor_loss, baselines.grpo_loss, baselines.grpo_masked_loss,
+                baselines.rloo_loss, baselines.maxrl_loss, baselines.rebel_loss, baselines.oapl_loss]
+
+
+@pytest.mark.parametrize("loss", SAMPLE_LOSSES)
+def test_padding_might_as_well_hold_anything(loss):
+    """A padded log-ratio of 1e4 has exp = inf; its gradient must be 0, not 0 * inf. Padding has no part in the baseline."""
+    for T, score_shape in ((4, (3, 2)), (4, (3, 2, 4)), (None, (3, 2))):
+        shape = (3, 2, T) if T else (3, 2)
+        logp, logp_old, _ = group(*shape)
+        scores, mask = torch.rand(*score_shape, **F64), torch.ones(shape, dtype=torch.bool)
+        mask[0, 1], mask[2, 0] = False, torch.tensor([True, True, False, False]) if T else True
+        real = mask if scores.shape == mask.shape else mask.any(-1)
+        clean = grad(loss(logp, logp_old, scores.masked_fill(~real, 0), mask=mask), logp)
+        for bad in (1e4, math.inf, math.nan):
+            dirty = loss(logp.masked_fill(~mask, bad), logp_old.masked_fill(~mask, -1e4), scores.masked_fill(~real, bad), mask=mask)
+            assert torch.equal(grad(dirty, logp), clean) and clean[~mask].abs().max() == 0 and clean.abs().max() > 0
+        if not T:                                                           # the absent sample might as well not be there
+            keep = mask.flatten()
+            short = [x.flatten()[keep][:, None] for x in (logp, logp_old, scores)]
+            torch.testing.assert_close(grad(loss(*short), logp), clean)
+
+
+def test_baseline_per_position_is_the_mean_over_the_samples_that_reach_it():
+    logp, mask = torch.zeros(3, 1, 2, **F64, requires_grad=True), torch.ones(3, 1, 2, dtype=torch.bool)
+    r = torch.tensor([[[1.0, 4]], [[3, 9]], [[5, 2]]])
+    mask[1, 0, 1] = False                                                   # means 3 and (4 + 2) / 2 = 3
+    g = grad(pg_loss(logp, logp, r, mask=mask), logp)
+    torch.testing.assert_close(g, torch.tensor([[[2.0, -1]], [[0, 0]], [[-2, 1]]], **F64) / 3)
+
+
+@pytest.mark.parametrize("loss", [*GROUP_LOSSES, *SAMPLE_LOSSES, *SEQUENCE_LOSSES])
+def test_baselines_refuse_shapes_that_broadcasting_would_hide(loss):
+    for shapes in (((2, 4), (2, 1), (2, 4)), ((2, 4), (2, 4), (2, 1)), ((2, 4), (2, 4), (4,)), ((2, 1), (2, 4), (2, 4))):
+        with pytest.raises(ValueError) as error:
+            loss(*(torch.zeros(s) for s in shapes))
+        assert sum(str(s) in str(error.value) for s in {*shapes}) >= 2, (shapes, error.value)
+    with pytest.raises(ValueError, match=r"\(2, 4.*\(2, 3"):
+        loss(*[torch.zeros(2, 4)] * 3, mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("loss", [*SAMPLE_LOSSES, *SEQUENCE_LOSSES])
+@pytest.mark.parametrize("scores", [(2, 3, 1), (2, 4), (2, 3, 4, 1), (3, 4)])
+def test_sample_losses_refuse_scores_that_fit_neither_samples_nor_tokens(loss, scores):
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\)"):
+        loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(scores))
+    if loss in SEQUENCE_LOSSES:                                             # one score per candidate: it is compared in its group
+        with pytest.raises(ValueError, match=r"scores \(2, 3, 4\)"):
+            loss(*[torch.zeros(2, 3, 4)] * 3)
+
+
+@pytest.mark.parametrize("loss", [*GROUP_LOSSES, *SAMPLE_LOSSES, *SEQUENCE_LOSSES])
+def test_baselines_survive_impossible_candidates_and_keep_fp64(loss):
+    """log p = -inf (or a log-ratio that overflows exp) gives a finite loss and gradient; fp64 in, fp64 out and precise."""
+    for extreme in (-math.inf, -1e4, 1e4):
+        logp, logp_old = torch.tensor([[extreme, -1.0, -2.0]], requires_grad=True), torch.tensor([[-1.0, extreme, -2.0]])
+        for scores in (torch.tensor([[1.0, 0.0, 0.5]]), torch.tensor([[0.5, 0.5, 0.5]])):
+            value = loss(logp, logp_old, scores)
+            assert value.isfinite() and grad(value, logp).isfinite().all(), (extreme, scores)
+    scores = torch.tensor([[1.0, 1 / 3, 0.7]], **F64)
+    shift = scores + 1e-9 * torch.tensor([[1.0, 0.0, 0.0]], **F64)          # fp32 cannot tell the two apart
+    a, b = (loss(torch.tensor([[-1.0, -2.0, -0.9]], **F64), torch.full((1, 3), -1.0, **F64), s) for s in (scores, shift))
+    assert a.dtype == torch.float64 and a != b
+
+
+def clipped(delta, A, low, high):
+    rho = math.exp(delta.item())
+    stopped = A > 0 and rho > 1 + high or A < 0 and rho < 1 - low
+    return min(max(rho, 1 - low), 1 + high) * A if stopped else torch.exp(delta) * A
+
+
+def formula(name, l, old, r, real):
+    """The losses of one batch by loops over prompts, candidates and tokens; real[b][k] lists the completion's tokens."""
+    B, K = r.shape
+    sums, D = ({(b, k): sum(x[b, k, t] for t in real[b][k]) for b in range(B) for k in range(K)} for x in (l, l - old))
+    tokens, total = sum(len(ts) for row in real for ts in row), 0.0
+    batch = float(r.mean())
+    delight = {s: (float(r[s]) - batch) * -sums[s].item() for s in sums}
+    best = sorted(delight, key=delight.get)[-max(1, int(0.3 * B * K)):]
+    for b in range(B):
+        R = r[b].tolist()
+        mean, sigma = sum(R) / K, float(r[b].std(correction=0))
+        u = [(x - mean) / sigma if sigma > 1e-9 else 0.0 for x in R]
+        V = math.log(sum(math.exp(x / 0.5) for x in R) / K) * 0.5
+        for k in range(K):
+            others = [R[j] for j in range(K) if j != k]
+            delta = lambda t: l[b, k, t] - old[b, k, t]
+            total = total + {
+                "rloo": lambda: -(R[k] - sum(others) / (K - 1)) * sums[b, k] / (B * K),
+                "maxrl": lambda: -(R[k] - mean) / mean * sums[b, k] / (B * K) if mean else 0 * sums[b, k],
+                "rebel": lambda: sum(((D[b, k] - D[b, j]) / 0.7 - (R[k] - R[j])) ** 2 for j in range(k)) / (K * (K - 1) / 2) / B,
+                "oapl": lambda: (0.2 * D[b, k] - (R[k] - V)) ** 2 / (B * K),
+                "kondo": lambda: -(R[k] - batch) * sums[b, k] / (B * K) if (b, k) in best else 0 * sums[b, k],
+                "dr_grpo": lambda: -sum(clipped(delta(t), R[k] - mean, 0.2, 0.2) for t in real[b][k]) / 7 / (B * K),
+                "dapo": lambda: -sum(clipped(delta(t), u[k], 0.2, 0.28) for t in real[b][k]) / tokens,
+                "gspo": lambda: -clipped(D[b, k] / len(real[b][k]), u[k], 3e-4, 4e-4) / (B * K),
+                "cispo": lambda: -sum(min(math.exp(delta(t).item()), 1.3) * u[k] * l[b, k, t] for t in real[b][k]) / tokens}[name]()
+    return total
+
+
+SETTINGS = {"rloo": {}, "maxrl": {}, "rebel": dict(eta=0.7), "oapl": dict(b1=0.5, b2=0.2), "kondo": dict(keep=0.3),
+            "dr_grpo": dict(length=7), "dapo": {}, "gspo": {}, "cispo": dict(cap=1.3)}
+GROUPED = ("rloo", "maxrl", "rebel", "oapl")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("shift", [0.0, 1e-3, 0.3])                          # on policy; around GSPO's clip; around the others'
+def test_comparators_are_their_formulas(name, shift):
+    l, noise = (torch.randn(3, 4, 5, **F64, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    l, real = (l - 1).requires_grad_(), [[range(1 + (3 * b + 2 * k) % 5) for k in range(4)] for b in range(3)]
+    old, mask = l.detach() - shift * noise, torch.tensor([[[t in ts for t in range(5)] for ts in row] for row in real])
+    r = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]] if name == "maxrl" else
+                     [[1.0, 0.2, 0, 0.7], [0.1] * 4, [0, 3, 2, 1]], **F64)
+    loss = getattr(baselines, name + "_loss")
+    if name in GROUPED:
+        value = loss(l.masked_fill(~mask, 0).sum(-1), old.masked_fill(~mask, 0).sum(-1), r, **SETTINGS[name])
+    else:
+        value = loss(l, old, r, **SETTINGS[name], mask=mask)
+    expected = formula(name, l, old, r, real)
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+    g = grad(expected, l)
+    torch.testing.assert_close(grad(value, l), g, rtol=1e-9, atol=1e-12)
+    assert g.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_comparators_skip_absent_candidates(name):
+    """Candidates without a token, full of NaN, might as well not exist; a group of one and a group of none stay finite."""
+    tail = () if name in GROUPED else (3,)
+    logp, logp_old, _ = group(2, 5, *tail)
+    scores, mask = (torch.rand(2, 5, **F64) > 0.5).double(), torch.ones(2, 5, *tail, dtype=torch.bool)
+    scores[:, 0], mask[:, 1], mask[:, 4] = 1, False, False
+    keep, loss = [0, 2, 3], getattr(baselines, name + "_loss")
+    hide = lambda x: x.masked_fill(~mask if x.ndim == mask.ndim else ~mask.any(-1), math.nan)
+    dirty, short = loss(*map(hide, (logp, logp_old, scores)), mask=mask), loss(logp[:, keep], logp_old[:, keep], scores[:, keep])
+    torch.testing.assert_close(dirty, short)
+    torch.testing.assert_close(grad(dirty, logp), grad(short, logp))
+    mask[0], mask[1, 1:] = False, False
+    lone = loss(logp, logp_old, scores, mask=mask)
+    assert lone.isfinite() and grad(lone, logp).isfinite().all()
+
+
+def test_comparator_defaults():
+    """Each default, by a case that another value would change."""
+    l = torch.tensor([[[math.log(1.27)], [0.0]]], requires_grad=True)       # A > 0 at ratio 1.27: inside DAPO's 1.28, not .2
+    zeros, r = torch.zeros(1, 2, 1), torch.tensor([[1.0, 0.0]])
+    for loss, moves in ((baselines.dapo_loss, True), (baselines.dr_grpo_loss, False)):
+        assert (grad(loss(l, zeros, r), l)[0, 0] != 0) == moves
+    for ratio, moves in ((3.9e-4, True), (4.1e-4, False)):
+        l = torch.tensor([[[math.log1p(ratio)], [0.0]]], **F64, requires_grad=True)
+        assert (grad(baselines.gspo_loss(l, zeros.double(), r), l)[0, 0] != 0) == moves
+    l = torch.tensor([[[math.log(9.0)], [0.0]]], requires_grad=True)        # CISPO: weight 5, never 0
+    assert grad(baselines.cispo_loss(l, zeros, r), l)[0, 0].item() == pytest.approx(-5 / 2)
+    l = torch.randn(10, 10, requires_grad=True)
+    assert (grad(baselines.kondo_loss(l, l.detach(), torch.rand(10, 10)), l) != 0).sum() == 3
 
 
 # ------------------------------------------------------------------------------------------------------------ llm_rlvr.py
@@ -962,3 +1123,105 @@ def test_cuda_bf16_run_learns_nothing_wrong(tmp_path):
                        str(tmp_path / str(len(extra))), *extra])
         updates = [r for r in records(tmp_path / str(len(extra))) if r["kind"] == "update"]
         assert len(updates) == 5 and all(math.isfinite(v) for r in updates for v in r.values() if not isinstance(v, str))
+
+
+# ---------------------------------------------------------------------------------------------------------------- recipes/
+def recipe(name, *needs):
+    """Import recipes/<name>.py, or skip the test where what it needs is not installed."""
+    missing = [package for package in needs if importlib.util.find_spec(package) is None]
+    if missing:
+        pytest.skip(f"recipes/{name}.py needs: pip install {' '.join(missing)}")
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_verl_loss_with_our_advantage_has_the_gradient_of_tpo_loss():
+    verl_tpo = recipe("verl_tpo", "verl")
+    from verl.trainer.ppo import core_algos
+    logp, rewards, mask = torch.randn(6, 5).requires_grad_(), torch.zeros(6, 5), torch.arange(5) < torch.tensor([[5], [2], [3], [1], [4], [5]])
+    rewards[:, 0] = torch.tensor([1.0, 0.2, 0, 0.5, 0, 0.5])
+    uid = ["a", "b", "a", "b", "a", "b"]                                    # rows of a group need not be neighbours
+    A, _ = core_algos.get_adv_estimator_fn("tpo")(token_level_rewards=rewards, response_mask=mask.float(), index=uid, config=None)
+    l = logp.masked_fill(~mask, 0).sum(-1).view(3, 2).T                     # (2 prompts, 3)
+    expected = grad(tpo_loss(l, l.detach(), rewards[:, 0].view(3, 2).T, anchor=0.0), logp)
+    gpg, total = core_algos.get_policy_loss_fn("gpg"), 0
+    for rows in ([0, 3], [5, 1, 2], [4]):                                   # any micro-batches; verl passes the global size
+        config = types.SimpleNamespace(global_batch_info=dict(dp_size=1, global_batch_size=6))
+        total += gpg(logp[rows].detach(), logp[rows], A[rows], mask[rows].float(), "seq-mean-token-sum", config)[0]
+    torch.testing.assert_close(grad(total, logp), expected)
+    assert expected.abs().max() > 0.01
+
+
+def trl_run(tmp_path, trl_tpo, accumulate, epochs, **settings):
+    """A trainer of a random Qwen3-shaped model on 8 prompts, K = 4, 2 groups a micro-batch."""
+    import datasets, tokenizers, transformers, trl
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *"abcdefghijkl"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=14, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, bos_token_id=None))
+    args = trl.GRPOConfig(**dict(dict(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", num_generations=4,
+        per_device_train_batch_size=8, gradient_accumulation_steps=accumulate, num_iterations=epochs, max_completion_length=6,
+        max_steps=4, learning_rate=1e-2, max_grad_norm=0, beta=0.0, save_strategy="no", disable_tqdm=True), **settings))
+    reward = lambda completions, **kw: [text.count("a") + 0.5 * text.count("b") for text in completions]
+    data = datasets.Dataset.from_dict({"prompt": ["a b c", "d", "e f", "g h i j", "k", "l a", "b d", "c e"]})
+    return trl_tpo.TPOTrainer(model, reward_funcs=reward, args=args, train_dataset=data, processing_class=tokenizer, anchor=0.25)
+
+
+@pytest.mark.parametrize("accumulate, epochs", [(2, 3), (1, 1)])
+def test_trl_step_has_the_gradient_of_tpo_loss(tmp_path, accumulate, epochs):
+    """At each optimizer step, the gradient that TRL hands to the optimizer is tpo_loss's over whole groups, q frozen."""
+    trl_tpo = recipe("trl_tpo", "trl")
+    import transformers
+    trainer = trl_run(tmp_path, trl_tpo, accumulate, epochs)
+    rollouts, errors = [], []
+
+    class Check(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
+            got = torch.cat([p.grad.flatten() for p in model.parameters()])
+            if state.global_step % epochs == 0:
+                rows = {k: torch.cat([b[k] for b in trainer._buffered_inputs]) for k in ("prompt_ids", "prompt_mask", "completion_ids",
+                                                                                      "completion_mask")}
+                text = trainer.processing_class.batch_decode(rows["completion_ids"], skip_special_tokens=True)
+                rollouts.append((rows, torch.tensor([x.count("a") + 0.5 * x.count("b") for x in text]).view(-1, 4)))
+                assert (rows["prompt_ids"].view(-1, 4, rows["prompt_ids"].shape[1]).diff(dim=1) == 0).all()   # whole groups
+            rows, scores = rollouts[-1]
+            ids = torch.cat((rows["prompt_ids"], rows["completion_ids"]), 1)
+            P = rows["prompt_ids"].shape[1]
+            attention = torch.cat((rows["prompt_mask"], rows["completion_mask"]), 1)
+            logits = model(ids, attention_mask=attention).logits[:, P - 1:-1]
+            l = (logits.log_softmax(-1).gather(-1, ids[:, P:, None])[..., 0] * rows["completion_mask"]).sum(-1).view(-1, 4)
+            if state.global_step % epochs == 0:
+                rows["old"] = l.detach()
+            loss = tpo_loss(l, rows["old"], scores, anchor=0.25)
+            expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+            errors.append(float((got - expected).norm() / expected.norm()))
+
+    trainer.add_callback(Check())
+    trainer.train()
+    print(f"TRL, {accumulate} micro-batches, {epochs} epochs: relative gradient errors {errors}")
+    assert len(errors) == 4 and len(rollouts) == (2 if epochs == 3 else 4) and max(errors) < 1e-3
+
+
+def test_trl_settings_that_split_groups_or_change_the_loss_are_refused(tmp_path):
+    trl_tpo = recipe("trl_tpo", "trl")
+    for wrong, words in ((dict(per_device_train_batch_size=2, gradient_accumulation_steps=2), "splits groups"),
+                         (dict(temperature=0.7), "temperature 0.7"), (dict(scale_rewards="batch"), "scale_rewards")):
+        with pytest.raises(ValueError, match=words):
+            trl_run(tmp_path, trl_tpo, wrong.pop("gradient_accumulation_steps", 1), 1, **wrong)
+
+
+def test_trl_advantage_form_has_the_gradient_of_tpo_loss():
+    """dr_grpo's loss on the first epoch, -A l_t summed over tokens / (rows * budget), in micro-batches that split groups."""
+    trl_tpo = recipe("trl_tpo", "trl")
+    logp, scores = torch.randn(8, 5, **F64).requires_grad_(), torch.rand(2, 4, **F64)
+    l = logp.sum(-1).view(2, 4)
+    A = trl_tpo.advantages(l.detach(), scores, 7, 0.5, 0.25)
+    g = sum(grad(-(A[rows, None] * (logp[rows] - logp[rows].detach()).exp()).sum() / (2 * 7), logp) for rows in torch.randperm(8).split(2)) / 4
+    torch.testing.assert_close(g, grad(tpo_loss(l, l.detach(), scores, 0.5, 0.25), logp))
