@@ -1,13 +1,12 @@
 """RL with verifiable rewards on a small GPT by Target Policy Optimization (Kaddour, arXiv 2604.06159).
 
-    python llm_rlvr.py --algo tpo                                 2.5 minutes on two CPU cores
-    python llm_rlvr.py --algo tpo,grpo,dg                         each from the same warm start, then one table
-    python llm_rlvr.py --algo tpo,tpo:anchor=0.25,grpo:lr=1e-3    settings of one run behind its name
-    python llm_rlvr.py --task graph_color                         another task; --help lists every flag
+    python llm_rlvr.py --algo tpo                                 minutes on two CPU cores
+    python llm_rlvr.py --algo tpo,grpo,dg:epochs=1                each from the same warm start, then one table
+    python llm_rlvr.py --algo tpo,tpo:anchor=1,grpo:lr=1e-3       settings of one run behind its name
+    python llm_rlvr.py --task knights_knaves                      another task; --help lists every flag
     python llm_rlvr.py --algo tpo --resume                        go on after Ctrl-C or a crash
 
-The last line to expect from the first command (seed 0; seeds 1 and 2 end at 76.9% and 87.1%):
-    tpo took knights_knaves from 2.4% to 92.2% pass@1 (greedy 93.4%) on 256 heldout puzzles in 1000 updates and 149 s, ...
+LASTLINE
 Logs and the checkpoint go to out/<task>-<algo>-<seed>/. The algorithm is Trainer.update; the rest is what it needs.
 """
 import argparse
@@ -32,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from baselines import (dg_loss, group_pg_loss, grpo_loss, grpo_masked_loss, pg_loss, ppo_loss, tpo_no_anchor_loss)
+import baselines
 from tpo import standardize, tpo_loss, tpo_target
 
 
@@ -44,14 +43,15 @@ def flag(default, help):
 
 @dataclass(frozen=True)
 class Config:
-    algo: str = flag("tpo", "tpo, tpo_no_anchor, group_pg, grpo, grpo_no_kl, grpo_masked, pg, ppo, dg, or a comma "
-                            "list; NAME:FLAG=VALUE:... sets flags for that run alone")
+    algo: str = flag("tpo", "tpo, tpo_no_anchor, group_pg, grpo, grpo_no_kl, grpo_masked, rloo, maxrl, rebel, oapl, pg, "
+                            "ppo, dg, kondo, dr_grpo, dapo, gspo, cispo, or a comma list; NAME:FLAG=VALUE:... sets flags "
+                            "for that run alone")
     task: str = flag("graph_color", "graph_color, knights_knaves or addition")
-    steps: int = flag(500, "RL updates, one rollout batch each")
+    steps: int = flag(750, "RL updates, one rollout batch each")
     prompts: int = flag(32, "prompts per update, B")
     candidates: int = flag(16, "completions per prompt, K")
     epochs: int = flag(2, "gradient steps per rollout batch")
-    lr: float = flag(2e-3, "AdamW learning rate: rises over 30 updates, then falls linearly to 0")
+    lr: float = flag(2e-3, "AdamW learning rate: rises over 30 updates, and falls linearly to 0")
     eta: float = flag(1.0, "temperature of the target (tpo, tpo_no_anchor) or of the gate (dg)")
     anchor: float = flag(0.25, "alpha in q ~ p_old^alpha exp(u / eta): 1 is the paper, 0 the uniform anchor")
     seed: int = flag(0, "of the weights, the training prompts and the sampling")
@@ -368,7 +368,8 @@ def score(task, enc, items, y):
     def one(key, ids):
         return task.check(key, enc.decode(ids[:ids.index(end)])) if end in ids else 0.0
 
-    return torch.tensor([[one(key, ids) for ids in candidates] for (_, key), candidates in zip(items, y.tolist())])
+    return torch.tensor([[one(key, ids) for ids in candidates] for (_, key), candidates in zip(items, y.tolist())],
+                        dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------ algorithm
@@ -378,14 +379,23 @@ def algorithms(c):
     at_rest: on the first epoch a zero-variance group has exactly zero gradient and may be left out.
     """
     return {"tpo": (partial(tpo_loss, eta=c.eta, anchor=c.anchor), True, True),
-            "tpo_no_anchor": (partial(tpo_no_anchor_loss, eta=c.eta), True, False),
-            "group_pg": (group_pg_loss, True, True),
-            "grpo": (grpo_loss, True, True),
-            "grpo_no_kl": (partial(grpo_loss, beta=0.0), True, True),
-            "grpo_masked": (grpo_masked_loss, True, False),
-            "pg": (pg_loss, False, False),
-            "ppo": (ppo_loss, False, False),
-            "dg": (partial(dg_loss, eta=c.eta), False, False)}
+            "tpo_no_anchor": (partial(baselines.tpo_no_anchor_loss, eta=c.eta), True, False),
+            "group_pg": (baselines.group_pg_loss, True, True),
+            "grpo": (baselines.grpo_loss, True, True),
+            "grpo_no_kl": (partial(baselines.grpo_loss, beta=0.0), True, True),
+            "grpo_masked": (baselines.grpo_masked_loss, True, False),
+            "rloo": (baselines.rloo_loss, True, True),
+            "maxrl": (baselines.maxrl_loss, True, True),
+            "rebel": (baselines.rebel_loss, True, True),
+            "oapl": (baselines.oapl_loss, True, True),
+            "pg": (baselines.pg_loss, False, False),
+            "ppo": (baselines.ppo_loss, False, False),
+            "dg": (partial(baselines.dg_loss, eta=c.eta), False, False),
+            "kondo": (baselines.kondo_loss, False, False),
+            "dr_grpo": (partial(baselines.dr_grpo_loss, length=c.max_new_tokens), False, True),
+            "dapo": (baselines.dapo_loss, False, False),
+            "gspo": (baselines.gspo_loss, False, True),
+            "cispo": (baselines.cispo_loss, False, False)}
 
 
 class Trainer:
@@ -421,36 +431,48 @@ class Trainer:
         tokens, valid = encode_prompts(self.enc, items, self.device)
         with self.autocast():
             y, real, logp = sample(self.model, tokens, valid, c.candidates, c.max_new_tokens, self.end, self.generator)
-        R = score(self.task, self.enc, items, y).to(self.device)                                       # (B, K)
+        R = score(self.task, self.enc, items, y)                                                       # (B, K)
+        informative, R = (standardize(R) != 0).any(-1).to(self.device), R.to(self.device)              # (B,), (B, K)
         metrics = diagnose(logp, real, y == self.end, R, c)
         sampled, sampled_tokens = time.time(), int(real.sum())
 
-        rows = (standardize(R) != 0).any(-1) | (not self.at_rest or c.epochs > 1)                       # (B,) to fit on
-        share = rows.float().mean()                             # the groups left out count in the mean over groups
-        rows[0] |= share == 0                                   # nothing to fit: a row times a share of 0 is 0 exactly
-        T = int(real[rows].sum(-1).max())
-        tokens, valid, y, R, real = tokens[rows], valid[rows], y[rows, :, :T], R[rows], real[rows, :, :T]
-        self.optimizer.param_groups[0]["lr"] = c.lr * warmup(self.step) * (1 - self.step / c.steps)
-        for epoch in range(c.epochs):
+        T, trained_tokens = int(real.sum(-1).max()), 0
+        y, real = y[..., :T], real[..., :T]
+        logp_old = torch.zeros_like(real, dtype=torch.float32)  # not the sampler's: its bf16 rounds differently, p != p_old
+        metrics["grad_norm"] = logp_old.sum()                                   # of the first epoch; 0 if there is none
+
+        def log_policy(rows):
             with self.autocast():
-                logp = self.token_logp(self.model, tokens, valid, y).masked_fill(~real, 0)             # (B, K, T)
+                return self.token_logp(self.model, tokens[rows], valid[rows], y[rows]).masked_fill(~real[rows], 0)
+
+        self.optimizer.param_groups[0]["lr"] = c.lr * warmup(self.step) * (1 - self.step / c.steps)
+        for epoch in range(c.epochs if not self.at_rest or informative.any() else 0):
+            # a group without gradient is left out: AdamW would make a step of its rounding error
+            rows = informative if self.at_rest and epoch == 0 else torch.ones_like(informative)         # (B,)
+            logp = log_policy(rows)                                                                     # (rows, K, T)
             if epoch == 0:
-                logp_old = logp.detach()      # not the sampler's: in bf16 its kernels round differently and p != p_old
+                logp_old[rows] = logp.detach()
+                if c.epochs > 1 and not rows.all():
+                    with torch.no_grad():
+                        logp_old[~rows] = log_policy(~rows)
             if self.grouped:
-                loss = share * self.loss(logp.sum(-1), logp_old.sum(-1), R)   # q is built inside; logp_old and R fix it
+                loss = self.loss(logp.sum(-1), logp_old[rows].sum(-1), R[rows])      # builds q; logp_old and R keep it
             else:
-                loss = share * self.loss(logp, logp_old, R, mask=real)
+                loss = self.loss(logp, logp_old[rows], R[rows], mask=real[rows])
+            loss = loss * rows.float().mean()                            # groups left out count in the mean over groups
             loss.backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-            if not (loss.isfinite() and norm.isfinite()):
+            if not (loss + norm).isfinite():
                 raise FloatingPointError(f"loss {loss:g}, gradient norm {norm:g} at update {self.step}, epoch {epoch}")
-            metrics.setdefault("grad_norm", norm)                                                # of the first epoch
+            if epoch == 0:
+                metrics["grad_norm"] = norm
             self.optimizer.step()
             self.optimizer.zero_grad()
+            trained_tokens += int(valid[rows].sum() + real[rows].sum())
 
         metrics = dict(zip(metrics, (round(x, 5) for x in torch.stack(list(metrics.values())).tolist())))
         for name, amount in dict(sample_tokens=sampled_tokens, sample_seconds=sampled - begun,
-                                 train_tokens=c.epochs * int(valid.sum() + real.sum()),
+                                 train_tokens=trained_tokens,
                                  train_seconds=time.time() - sampled).items():
             self.tally[name] += amount
         return metrics
@@ -551,14 +573,12 @@ class Trainer:
             try:
                 self.recent.append(self.update())
             except FloatingPointError as error:
-                write(folder / "last-good.pt", self.state())
-                fail(f"{error}; the weights before it are in {folder / 'last-good.pt'}: try a lower --lr (now {c.lr}) "
-                     f"or a higher --eta (now {c.eta})", 1)
+                write(folder / "last-good.pt", {"config": asdict(c), "model": self.model.state_dict()})
+                fail(f"{error}; the weights before that step are in {folder / 'last-good.pt'}: start again with a lower "
+                     f"--lr (now {c.lr}) or a higher --eta (now {c.eta})", 1)
             self.step += 1
             self.records.append({"kind": "update", "step": self.step, **self.recent[-1]})
 
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
         evals = [r for r in self.records if r["kind"] == "eval"]
         before, after, greedy = evals[0]["pass1"], evals[-1]["pass1"], evals[-1]["greedy"]
         seconds = round(time.time() - begun, 2)
@@ -569,6 +589,10 @@ class Trainer:
         self.write_log(folder)
         print(f"{c.algo} took {c.task} from {before:.1%} to {after:.1%} pass@1 (greedy {greedy:.1%}) on "
               f"{len(self.exam)} {c.eval_set} puzzles in {c.steps} updates and {seconds:.0f} s, warm start included")
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+        if stop:
+            fail("stopped after the last update; the run is complete", 130)
         return self.records
 
     def write_log(self, folder):
@@ -628,7 +652,7 @@ def load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                               # a truncated file raises one of many types
-        fail(f"{path} cannot be read ({type(error).__name__}): damaged, or not written by this script")
+        fail(f"{path} cannot be read ({type(error).__name__}), it is damaged: delete it and leave out --resume")
 
 
 def peak_mb(device):
@@ -685,7 +709,8 @@ def validate(c):
     rules = [("algo", name in known, ", ".join(known)),
              ("eval_set", c.eval_set in ("heldout", "test"), "heldout, test"),
              *((f, getattr(c, f) >= 1, "1 or more") for f in ("steps", "prompts", "candidates", "epochs", "eval_every",
-                                                              "max_new_tokens", "layers", "heads", "kv_heads")),
+                                                              "max_new_tokens", "layers", "width", "heads",
+                                                              "kv_heads")),
              ("warm_steps", c.warm_steps >= 0, "0 or more"),
              ("seed", 0 <= c.seed < 2**63, "0 to 2^63 - 1"),
              ("anchor", 0 <= c.anchor < math.inf, "finite numbers from 0"),
@@ -694,7 +719,7 @@ def validate(c):
     for field_name, fine, allowed in rules:
         if not fine:
             fail(f"{flag_name(field_name)} {getattr(c, field_name)}: allowed are {allowed}")
-    if c.candidates < 2 and known[name][1]:
+    if c.candidates < 2 and name not in ("pg", "ppo", "dg", "kondo"):
         fail(f"--candidates {c.candidates}: {name} compares the candidates of one prompt; allowed are 2 or more")
     if c.width % (2 * c.heads) or c.heads % c.kv_heads:
         fail(f"--width {c.width}: allowed are multiples of 2 x --heads {c.heads}, those of --kv-heads {c.kv_heads}")

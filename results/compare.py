@@ -2,6 +2,7 @@
 
     python results/compare.py tune       writes results/llm_tune.jsonl, one line per run
     python results/compare.py record     takes each algorithm's best setting from there, writes results/llm_compare.jsonl
+    python results/compare.py table      prints the README's table from that
 Two runs at a time, one thread each. A run that is already in the file is not repeated.
 """
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean, stdev
 
 HERE = Path(__file__).parent
 TASKS = "graph_color", "knights_knaves"
@@ -18,7 +20,7 @@ STEPS = 200
 PHASES = {
     "tune": dict(file=HERE / "llm_tune.jsonl", flags=f"--steps {STEPS} --eval-set heldout", seeds=[100]),
     "record": dict(file=HERE / "llm_compare.jsonl", flags=f"--steps {STEPS} --eval-set test", seeds=[0, 1, 2, 3, 4])}
-GRID = [f"lr={lr}:epochs={epochs}" for lr, epochs in ((1e-3, 1), (2e-3, 1), (1e-3, 2), (2e-3, 2), (1e-3, 4))]
+GRID = [f"lr={lr}:epochs={epochs}" for lr, epochs in ((5e-4, 1), (1e-3, 1), (2e-3, 1), (1e-3, 2), (2e-3, 2), (1e-3, 4))]
 COMMON = "--prompts 16 --eval-every 25 --device cpu"
 
 
@@ -49,7 +51,25 @@ def best(task, algo):
     return max((r for r in lines(PHASES["tune"]["file"]) if (r["task"], r["algo"]) == (task, algo)), key=value)["setting"]
 
 
+def table():
+    """Mean ± s.e. over the seeds; the updates to 50% are those of the mean curve."""
+    percent = lambda v: f"{100 * mean(v):.1f} ± {100 * stdev(v) / len(v)**0.5:.1f}"
+    print("| task | algorithm | lr, epochs | pass@1 % before | after | greedy after | updates to 50% | seconds | entropy | "
+          "informative |\n|" + "---|" * 10)
+    runs = lines(PHASES["record"]["file"])
+    for task, setting in dict.fromkeys((r["task"], r["setting"]) for r in runs):
+        rs = [r for r in runs if (r["task"], r["setting"]) == (task, setting)]
+        half = next((e[0]["step"] for e in zip(*(r["curve"] for r in rs)) if mean(x["pass1"] for x in e) >= 0.5), "-")
+        last = [r["curve"][-1] for r in rs]
+        print("", task, rs[0]["algo"], setting.split(":lr=")[1].replace(":epochs=", ", "),
+              *(percent([r[k] for r in rs]) for k in ("pass1_before", "pass1_after", "greedy_after")), half,
+              *(f"{mean(v):{form}}" for form, v in ((".0f", [r["seconds"] for r in rs]), (".3f", [e["entropy"] for e in last]),
+                                                    (".2f", [e["informative"] for e in last]))), "", sep=" | ")
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "table":
+        sys.exit(table())
     phase = PHASES[sys.argv[1]]
     settings = [(t, s) for t in TASKS for a in ALGOS for s in (
         [f"{a}:{g}" for g in GRID] if sys.argv[1] == "tune" else [best(t, a)])]

@@ -12,7 +12,9 @@ except ImportError:
     raise SystemExit("plots need matplotlib: pip install matplotlib")
 
 NAMES = {"tpo": ("TPO", "#d62728"), "grpo": ("GRPO", "#ff7f0e"), "pg": ("PG", "#1f77b4"), "dg": ("DG", "#2ca02c"),
-         "group_pg": ("Group PG", "#9467bd"), "ce": ("CE", "#7f7f7f")}
+         "group_pg": ("Group PG", "#9467bd"), "ce": ("CE", "#7f7f7f"), "ppo": ("PPO", "#8c564b"),
+         "tpo:anchor=1": ("TPO α=1", "#d62728"), "tpo:anchor=0.25": ("TPO α=.25", "#e377c2"),
+         "tpo:anchor=0": ("TPO α=0", "#17becf")}
 TITLES = {"single": "1 context, 100 arms", "multi": "100 contexts, 10 arms", "mnist": "MNIST"}
 
 
@@ -52,6 +54,25 @@ def llm(records, path):
     print(f"wrote {path}")
 
 
+def compare(runs, path):
+    """The runs of compare.py, a row per task: pass@1 against updates and seconds, entropy, share of equal groups."""
+    tasks = list(dict.fromkeys(r["task"] for r in runs))
+    columns = {"pass@1 by update": ("step", "pass1"), "pass@1 by seconds": ("seconds", "pass1"),
+               "entropy, nats per token": ("step", "entropy"), "share of informative groups": ("step", "informative")}
+    figure, rows = plt.subplots(len(tasks), 4, figsize=(20, 3.8 * len(tasks)), squeeze=False, layout="constrained")
+    for task, row in zip(tasks, rows):
+        for axis, (title, (across, key)) in zip(row, columns.items()):
+            curves = {}
+            for algo in dict.fromkeys(r["algo"] for r in runs):
+                seeds = [r["curve"] for r in runs if (r["task"], r["algo"]) == (task, algo)]
+                points = [(mean(e[across] for e in same), [e[key] for e in same]) for same in zip(*seeds) if key in same[0]]
+                curves[algo] = [(x, mean(v), stdev(v) / len(v)**0.5 if len(v) > 1 else 0) for x, v in points]
+            draw(axis, curves, floor=0)
+            axis.set_title(f"{task}, {len(seeds)} seeds: {title}", fontsize=10)
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
 def draw(axis, curves, floor):
     """Curves {algo: [(x, mean, s.e.), ...]} on a log axis that ends at the floor (0: linear), each labelled at its end."""
     axis.set_yscale("log" if floor else "linear")
@@ -75,6 +96,6 @@ def draw(axis, curves, floor):
 
 if __name__ == "__main__":
     here = Path(__file__).parent
-    for log in map(Path, sys.argv[1:] or [*sorted(here.glob("bandit_*.jsonl")), here / "llm_default.jsonl"]):
-        figure = llm if log.name.startswith("llm") else bandit
+    for log in map(Path, sys.argv[1:] or [*sorted(here.glob("bandit_*.jsonl")), *sorted(here.glob("llm_[cd]*.jsonl"))]):
+        figure = bandit if log.name.startswith("bandit") else llm if "default" in log.name else compare
         figure([json.loads(line) for line in log.read_text().splitlines()], log.with_suffix(".png"))
