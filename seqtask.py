@@ -225,7 +225,8 @@ def forward(P, tree, H, cache=None):
     x = hot @ embedding                                                  # (S, M, 64)
     causal = torch.ones(L, L, dtype=torch.bool, device=device).tril()
     for l in range(LAYERS):
-        q, k, v = take(attention_input(P, l, x), tree.path).view(S * R, L, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        rows = take(attention_input(P, l, x), tree.path).view(S * R, L, -1).split(WIDTH, -1)
+        q, k, v = (part.view(S * R, L, HEADS, -1).transpose(1, 2) for part in rows)       # (S R, heads, L, 32)
         if cache is not None:
             cache.append((k, v))
         first, source = 0, tree.source
@@ -264,7 +265,7 @@ def rollout(P, prompts, uniform, share):
     logp = forward(P, shared, H, cache)                                  # (S, distinct prompts, V)
     row = shared.row.repeat_interleave(N // B, 1)                        # (S, N)
     for l, kv in enumerate(cache):                                       # room for the answer's keys and values
-        kv = torch.stack(kv, 1).view(S, -1, 2 * HEADS * H * WIDTH // HEADS)
+        kv = torch.stack(kv, 1).view(S, -1, 2 * H * WIDTH)
         cache[l] = F.pad(take(kv, row).view(S * N, 2, HEADS, H, -1), (0, 0, 0, H - 1))
     number = shared.node[..., -1].repeat_interleave(N // B, 1)           # (S, N) which distinct prefix a sequence has
     y, logps = [], []
