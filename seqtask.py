@@ -247,7 +247,7 @@ def distinct(key, size, share):
         return place, place
     seen = torch.zeros(len(key), size, dtype=torch.long, device=key.device).scatter(1, key, 1).cumsum(1)
     number = seen.gather(1, key) - 1                 # seen counts keys below or equal: it rises at each key that occurs
-    return number, torch.zeros(len(key), int(number.max()) + 1, dtype=torch.long).scatter(1, number, place)
+    return number, torch.zeros_like(seen[:, :int(number.max()) + 1]).scatter(1, number, place)
 
 
 def inverse_cdf(logp, uniform):

@@ -1063,11 +1063,12 @@ def test_seqtask_initial_scales():
 def test_seqtask_a_seed_that_never_had_a_gradient_stays_where_it_is():
     """All answers wrong: every algorithm's first epoch is exactly 0, and rounding must not become Muon's full-size steps."""
     run = RUN._replace(length=12, episodes=1)
+    torch.manual_seed(0)
     P = seq_model([0, 1], run)
     before = {name: p.detach().clone() for name, p in P.items()}
     started = torch.zeros(2, dtype=torch.bool)
-    error, _ = seqtask.episode(run, P, seqtask.optimizers(P, 1e-3), torch.zeros(2, 12, 12).long(),
-                               torch.ones(2, 12, 4, 12), started, True)                      # uniform 1: always token 1
+    error, _ = seqtask.episode(run, P, seqtask.optimizers(P, 1e-3), torch.randint(2, (2, 12, 12)),
+                               torch.rand(2, 12, 4, 12), started, True)
     assert error.tolist() == [1, 1] and not started.any()
     assert all(torch.equal(p, before[name]) for name, p in P.items())
 
