@@ -1060,17 +1060,19 @@ def test_seqtask_initial_scales():
         assert P[name].std().item() == pytest.approx(std, rel=0.08), name
 
 
-def test_seqtask_a_seed_that_never_had_a_gradient_stays_where_it_is():
-    """All answers wrong: every algorithm's first epoch is exactly 0, and rounding must not become Muon's full-size steps."""
-    run = RUN._replace(length=12, episodes=1)
+@pytest.mark.parametrize("neighbour", [False, True])
+def test_seqtask_a_seed_that_never_had_a_gradient_stays_where_it_is(neighbour):
+    """All answers wrong: the first epoch's gradient is exactly 0, and rounding must not become Muon's full-size steps, whether
+    or not another seed is under way."""
     torch.manual_seed(0)
+    run = RUN._replace(length=12, episodes=1)
     P = seq_model([0, 1], run)
     before = {name: p.detach().clone() for name, p in P.items()}
-    started = torch.zeros(2, dtype=torch.bool)
+    started = torch.tensor([neighbour, False])
     error, _ = seqtask.episode(run, P, seqtask.optimizers(P, 1e-3), torch.randint(2, (2, 12, 12)),
                                torch.rand(2, 12, 4, 12), started, True)
-    assert error.tolist() == [1, 1] and not started.any()
-    assert all(torch.equal(p, before[name]) for name, p in P.items())
+    assert error.tolist() == [1, 1] and started.tolist() == [neighbour, False]
+    assert all(torch.equal(p[1], before[name][1]) for name, p in P.items())
 
 
 def test_seqtask_dense_run_reaches_one_percent(tmp_path, capsys):
