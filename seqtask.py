@@ -46,11 +46,11 @@ def flag(default, help):
 class Config:
     preset: str = flag("", "an experiment of the paper: table1, table2, table3, fig8, eta, ksweep, epochs, masking, "
                            "dg-epochs, section4")
-    smoke: bool = flag(False, "shrink the run to minutes on a CPU: 1 seed, H at most 6, at most 300 episodes, B 50, K 8")
+    smoke: bool = flag(False, "shrink the run to minutes on a CPU: 1 seed, H to 6, 300 episodes, B 50, K 8")
     target: str = flag("reverse_copy", "copy, flip, reverse_copy, reverse_flip *")
     reward: str = flag("terminal", "bag, sequential, terminal *")
     algo: str = flag("tpo,grpo,dg", ", ".join(SINGLE + GROUPED + TOKEN) + " *")
-    length: str = flag("8", "H, tokens of the prompt and of the answer *")
+    length: str = flag("7", "H, tokens of the prompt and of the answer *")
     vocab: str = flag("2", "V, tokens to choose from *")
     candidates: str = flag("8", "K, candidates in a group *")
     batch: int = flag(100, "B, prompts per episode")
@@ -58,8 +58,8 @@ class Config:
     dg_epochs: str = flag("1", "the same for dg *")
     eta: str = flag("1", "temperature of TPO's target and of DG's gate *")
     lr: float = flag(1e-3, "learning rate of Muon and of AdamW")
-    episodes: int = flag(500, "batches of rollouts")
-    seeds: int = flag(1, "seeds, trained side by side")
+    episodes: int = flag(300, "batches of rollouts")
+    seeds: int = flag(3, "seeds, trained side by side")
     match: str = flag("prompts", "prompts: the same B for all; interactions: pg, ppo and dg get B * K prompts and "
                                  "lr * sqrt(K) *")
     diagnostics: bool = flag(False, "also record gradient norms, group shares and weights per episode")
@@ -148,7 +148,7 @@ def parameters(rng, vocab, length):
 
 
 def norm_linear(x, gain, shift, W, b):
-    """LayerNorm, then a linear layer. Its affine part is folded into W and b: no pass over the (S, M, 64) activations."""
+    """LayerNorm, then a linear layer; its gain and shift are folded into W and b, smaller than x (S, M, 64)."""
     return torch.baddbmm(shift @ W + b, F.layer_norm(x, (WIDTH,), eps=1e-6), gain.mT * W)
 
 
@@ -175,7 +175,7 @@ def take(x, index):
 
 
 class Tree(NamedTuple):
-    """N sequences as a tree of their M distinct prefixes (nodes). The model is causal, so a node is computed once for all
+    """N sequences as a tree of M distinct prefixes (nodes). The model is causal, so a node is computed once for all
     sequences that begin with it: linear layers run on nodes, attention on the R distinct sequences. Gradients add up at
     the nodes. Seeds with fewer nodes or sequences than others are filled up with copies of index 0."""
     token: torch.Tensor     # (S, M) last token of the prefix
@@ -251,7 +251,7 @@ def distinct(key, size, share):
 
 
 def inverse_cdf(logp, uniform):
-    return (uniform[..., None] > logp.exp().cumsum(-1)).sum(-1).clamp(max=logp.shape[-1] - 1)        # rounding at the end
+    return (uniform[..., None] > logp.exp().cumsum(-1)).sum(-1).clamp(max=logp.shape[-1] - 1)    # a cdf may end below 1
 
 
 @torch.no_grad()
@@ -321,7 +321,7 @@ class Muon:
 
 def optimizers(P, lr):
     """Muon for what is 2-D in the reference: embeddings, MLP kernels, the head, and, as a quirk of its shapes that we
-    keep, the (heads, 32) biases of q, k and v. AdamW for the rest; there attention kernels are 3-D, so they are in it."""
+    keep, the (heads, 32) biases of q, k and v. AdamW for the rest: its attention kernels are 3-D, so they are here."""
     names = ("token", "position", "qkv_bias", "up.", "down.", "head")
     on_muon = {name for name in P if name.startswith(names) and name != "head_bias"}
     return (Muon([P[name] for name in P if name in on_muon], lr),
@@ -338,7 +338,7 @@ LOSSES = {"pg": pg_loss, "ppo": ppo_loss, "dg": dg_loss, "grpo": grpo_loss, "grp
 def weights(run, logp, logp_old, scores):
     """dL/dlogp, like logp: (S, B, K, H) tokens of K sequences, or (S, B, H, K) next tokens. L is a sum over seeds.
 
-    scores (S, B, K) of sequences, else like logp. For TPO the closed form is exactly 0 where p = q; autograd's is not."""
+    scores (S, B, K) of sequences, else like logp. TPO's closed form is exactly 0 where p = q; autograd's not."""
     if run.algo in GROUPED:
         l, l_old = logp.sum(-1), logp_old.sum(-1)                        # (S, B, K)
     else:
@@ -356,7 +356,7 @@ def weights(run, logp, logp_old, scores):
 def can_pull(run, y, scores):
     """(S, N) bool: sequences that can have a gradient on a later epoch, when p has left p_old."""
     S, B = scores.shape[:2]
-    if run.algo in ("tpo", "tpo_no_anchor"):                             # K equal candidates: p_i = q_i = 1 / K for ever
+    if run.algo in ("tpo", "tpo_no_anchor"):                             # K equal candidates: p = q = 1 / K for ever
         y = y.view(S, B, run.K, -1)
         groups = (y != y[:, :, :1]).any(-1).any(-1)
     elif run.algo in ("grpo_no_kl", "grpo_masked", "group_pg"):          # nothing but u moves them
@@ -446,7 +446,7 @@ def train(run, device, share, diagnose=False):
         if time.time() - said > 10 or i == run.episodes - 1:
             said, speed = time.time(), (i + 1) / (time.time() - start)
             print(f"  {run.algo:13s} episode {i + 1:5,d}/{run.episodes:,d}   error {error.mean():7.2%}   "
-                  f"{speed * run.seeds:5.1f} seed-episodes/s   {(run.episodes - i - 1) / speed:4.0f} s left for {run.algo}",
+                  f"{speed * run.seeds:5.1f} seed-episodes/s   {(run.episodes - i - 1) / speed:4.0f} s left",
                   flush=True)
     stack = lambda rows: torch.stack(rows).cpu()
     return stack(errors), {k: stack([note[k] for note in notes]) for k in notes[0]}, time.time() - start
@@ -481,7 +481,7 @@ def records(run, errors, notes, seconds):
                    "threads": torch.get_num_threads()}
 
 
-# What the paper prints, means of 20 seeds. {(V, algorithm): episodes to 1% error} of Table 1, and {(match, algorithm): final
+# What the paper prints, means of 20 seeds: {(V, algorithm): episodes to 1% error}, Table 1; {(match, algorithm): final
 # error in % at H = 7, 8, 9, 10} of Table 3, where 95 stands for "above 95".
 TABLE1 = {(v, algo): step for algo, steps in (("tpo_token", (58, 74, 103, 102)), ("grpo_token", (904, 141, 124, 148)),
                                               ("dg", (199, 273, 314, 393)), ("ppo", (872, 181, 191, 259)))
@@ -489,7 +489,8 @@ TABLE1 = {(v, algo): step for algo, steps in (("tpo_token", (58, 74, 103, 102)),
 TABLE3 = {"prompts": {"tpo": (6.9, 8.6, 6.1, 7.4), "grpo": (14.5, 27.6, 30.0, 50.4), "grpo_no_kl": (66.6, 92.5, 95, 95),
                       "ppo": (12.0, 26.3, 90.6, 95), "dg": (33.8, 58.8, 95, 95)},
           "interactions": {"tpo": (1.8, 2.8, 5.3, 19.0), "grpo": (9.6, 23.2, 36.2, 48.7),
-                           "grpo_no_kl": (78.1, 83.8, 95, 95), "ppo": (38.6, 62.1, 66.2, 95), "dg": (47.7, 69.4, 95, 95)}}
+                           "grpo_no_kl": (78.1, 83.8, 95, 95), "ppo": (38.6, 62.1, 66.2, 95),
+                           "dg": (47.7, 69.4, 95, 95)}}
 
 
 def paper(r):
@@ -504,7 +505,8 @@ def paper(r):
 
 
 def report(results):
-    print(f"\n{'':13s}{'setting':>50}{'final error ± s.e.':>20}{'solved':>8}{'1% at':>7}{'paper':>11}{'ms/episode':>12}")
+    print(f"\n{'':13s}{'setting':>50}{'final error ± s.e.':>20}{'solved':>8}{'1% at':>7}{'paper':>11}"
+          f"{'ms/episode':>12}")
     for r in results:
         setting = f"{r['target']} {r['reward']} H {r['length']} V {r['vocab']} K {r['candidates']} B {r['batch']} " \
                   f"E {r['epochs']} eta {r['eta']:g} {r['match']}"
@@ -538,7 +540,8 @@ def write(path, lines):
 def read(path):
     """The records of an earlier run of the same command, to go on from."""
     try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines()] if path and Path(path).exists() else []
+        text = Path(path).read_text() if path and Path(path).exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
     except (OSError, ValueError) as error:
         fail(f"--out {path}: holds something else than a log of seqtask.py ({error}); give another file")
 
@@ -609,14 +612,14 @@ def parse(argv):
     grid = [values(cfg, name) for name in ("target", "reward", "length", "vocab", "candidates", "batch", "epochs",
                                            "dg_epochs", "eta", "lr", "match", "seeds", "episodes", "algo")]
     runs = {}
-    for target, reward, H, V, K, B, epochs, dg_epochs, eta, lr, match, seeds, episodes, algo in itertools.product(*grid):
+    for target, reward, H, V, K, B, epochs, dg_epochs, *rest, algo in itertools.product(*grid):
         if algo in TOKEN and reward == "terminal":
             fail(f"--algo {algo} with --reward terminal: a token has no reward of its own; allowed are bag, sequential")
         if algo not in SINGLE and K == 1:
             fail(f"--candidates 1 with --algo {algo}: a group needs at least 2; allowed with 1 are {', '.join(SINGLE)}")
         if V**H >= 2**62:
             fail(f"--vocab {V} with --length {H}: allowed are those with vocab ** length below 2 ** 62")
-        run = Run(target, reward, algo, H, V, K, B, dg_epochs if algo == "dg" else epochs, eta, lr, match, seeds, episodes)
+        run = Run(target, reward, algo, H, V, K, B, dg_epochs if algo == "dg" else epochs, *rest)
         runs[run] = None                                                 # dg_epochs changes nothing for the others
     return cfg, list(runs)
 
@@ -630,13 +633,14 @@ def main(argv=None):
     if cfg.diagnostics and any(run.algo not in GROUPED for run in runs):
         fail(f"--diagnostics with --algo {cfg.algo}: allowed are {', '.join(GROUPED)}")
     for i, run in enumerate(runs):
-        print(f"{i + 1}/{len(runs)} {run.algo}: {run.target}, {run.reward}, H {run.length}, V {run.vocab}, K {run.candidates}, "
-              f"B {run.batch}, epochs {run.epochs}, eta {run.eta:g}, seeds {run.seeds}", flush=True)
+        print(f"{i + 1}/{len(runs)} {run.algo}: {run.target}, {run.reward}, H {run.length}, V {run.vocab}, "
+              f"K {run.candidates}, B {run.batch}, epochs {run.epochs}, eta {run.eta:g}, seeds {run.seeds}", flush=True)
         if run in recorded:
             print(f"  is in {cfg.out} already: not run again")
             continue
         if run.scale > 1:
-            print(f"  interaction-matched: {run.batch} * {run.scale} prompts, learning rate {run.lr:g} * sqrt({run.scale})")
+            print(f"  interaction-matched: {run.batch} * {run.scale} prompts, "
+                  f"learning rate {run.lr:g} * sqrt({run.scale})")
         try:
             curve, result = records(run, *train(run, cfg.device, cfg.device == "cpu", cfg.diagnostics))
         except KeyboardInterrupt:

@@ -1112,7 +1112,7 @@ def test_seqtask_interactions_scale_batch_and_learning_rate(capsys, monkeypatch)
     monkeypatch.setattr(seqtask, "optimizers", lambda P, lr: seen.append(lr) or ())
     monkeypatch.setattr(seqtask, "episode", lambda run, P, o, prompts, uniform, *rest: (
         seen.extend((tuple(prompts.shape), tuple(uniform.shape))) or torch.zeros(1), {}))
-    seqtask.main("--algo dg,tpo --match interactions --length 4 --candidates 16 --batch 10 --episodes 1".split())
+    seqtask.main("--algo dg,tpo --match interactions --seeds 1 --length 4 --candidates 16 --batch 10 --episodes 1".split())
     assert seen == [4e-3, (1, 160, 4), (1, 160, 1, 4), 1e-3, (1, 10, 4), (1, 10, 16, 4)]
     assert capsys.readouterr().out.count("10 * 16 prompts, learning rate 0.001 * sqrt(16)") == 1
 

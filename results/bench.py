@@ -1,7 +1,7 @@
 """Time this repository beside the paper's JAX code.
 
     python results/bench.py bandit                          beside the reference's times as measured elsewhere
-    python results/bench.py seqtask                         the same for the transformer, 10 min (a whole run among them)
+    python results/bench.py seqtask                         the same for the transformer, about 5 min
     python results/bench.py bandit --reference DIR --command "python ..."
                                                             and a command of a clone of it, run in DIR on this machine
 (for the clone: pip install jax flax optax; its time is the whole process, so it includes imports and compilation)
@@ -40,7 +40,7 @@ def seq():
         run = seqtask.Run("reverse_copy", reward, algo, 10, 2, 8, 100, epochs, 1.0, 1e-3, "prompts", 1, episodes)
         return seqtask.train(run, "cpu", True)[2] / episodes
 
-    seconds("tpo", "terminal", 3)                                   # the first construction of an optimizer costs seconds
+    seconds("tpo", "terminal", 3)                                   # the first optimizer of a process costs seconds
     return {"tpo, terminal, first 20 episodes": (seconds("tpo", "terminal", 20), 1.235),
             "tpo, terminal, mean of 2,000 episodes": (seconds("tpo", "terminal", 2000), 1.235),
             "grpo, terminal, first 20 episodes": (seconds("grpo", "terminal", 20), 1.321),

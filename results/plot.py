@@ -14,7 +14,8 @@ except ImportError:
 NAMES = {"tpo": ("TPO", "#d62728"), "grpo": ("GRPO", "#ff7f0e"), "pg": ("PG", "#1f77b4"), "dg": ("DG", "#2ca02c"),
          "group_pg": ("Group PG", "#9467bd"), "ce": ("CE", "#7f7f7f"), "ppo": ("PPO", "#8c564b"),
          "grpo_no_kl": ("GRPO, no KL", "#bcbd22"), "grpo_masked": ("GRPO, masked", "#17becf"),
-         "tpo_no_anchor": ("TPO, no anchor", "#e377c2"), "tpo_token": ("TPO", "#d62728"), "grpo_token": ("GRPO", "#ff7f0e")}
+         "tpo_no_anchor": ("TPO, no anchor", "#e377c2"), "tpo_token": ("TPO", "#d62728"),
+         "grpo_token": ("GRPO", "#ff7f0e")}
 TITLES = {"single": "1 context, 100 arms", "multi": "100 contexts, 10 arms", "mnist": "MNIST"}
 
 
@@ -59,19 +60,21 @@ def seq(records, path):
     panels, dense = {}, False
     for r in records:
         if r["kind"] == "curve":
-            setting = {k: r[k] for k in ("target", "reward", "length", "vocab", "candidates", "batch", "eta", "match", "seeds")}
+            names = ("target", "reward", "length", "vocab", "candidates", "batch", "eta", "match", "seeds")
+            setting = {k: r[k] for k in names}
             panels.setdefault(tuple(setting.items()), {})[r["algo"]] = r
             dense = dense or r["reward"] != "terminal"
     varied = {k for k in dict(next(iter(panels))) if len({dict(s)[k] for s in panels}) > 1}
     columns = min(4, len(panels))
-    figure, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False, layout="constrained",
-                                figsize=(5 * columns, 3.6 * -(-len(panels) // columns)))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", figsize=(5 * columns, 3.6 * rows))
     for axis, (setting, curves) in zip(axes.flat, panels.items()):
         draw(axis, {algo: [(r["every"] * (i + 0.5), m, s) for i, (m, s) in
                            enumerate(zip(r["error"], r["error_se"] or [0] * len(r["error"])))]
                     for algo, r in curves.items()}, floor=1e-4 if dense else 0)
         shown = varied | {"reward", "length", "vocab", "seeds"}
-        axis.set_title(", ".join(str(v) if isinstance(v, str) else f"{k} {v:g}" for k, v in setting if k in shown), fontsize=9)
+        title = [v if isinstance(v, str) else f"{k} {v:g}" for k, v in setting if k in shown]
+        axis.set_title(", ".join(title), fontsize=9)
         axis.set_xlabel("episode")
         axis.set_ylabel("error")
     for axis in axes.flat[len(panels):]:
