@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import runpy
 import signal
 import struct
 import subprocess
@@ -1126,6 +1127,17 @@ def test_seqtask_diagnostics_by_hand():
         d["weight_failure"].item() == pytest.approx((3 / (e + 3) + 1) / 7)
     d = seqtask.diagnostics(RUN._replace(algo="grpo"), torch.tensor([2.0]), torch.zeros(1, 2, 4, 3), scores)
     assert d["weight_success"].item() == pytest.approx(3**0.5) and d["weight_failure"].item() == pytest.approx(3**0.5 / 7)
+
+
+def test_seqtask_plot_has_a_panel_per_setting(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    log = tmp_path / "seq_a.jsonl"
+    seqtask.main(f"--algo tpo,dg --length 2,3 --epochs 1,2 --batch 5 --episodes 3 --out {log}".split())
+    plot = runpy.run_path(str(Path(seqtask.__file__).parent / "results" / "plot.py"))
+    panels = []
+    plot["seq"].__globals__["draw"] = lambda axis, curves, floor: panels.append(sorted(curves))
+    plot["seq"](records_of(log), tmp_path / "a.png")
+    assert sorted(panels) == [["dg", "tpo"]] * 2 + [["tpo"]] * 2 and (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_seqtask_diagnostics_run(tmp_path):

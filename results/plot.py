@@ -58,9 +58,11 @@ def llm(records, path):
 def seq(records, path):
     """Error of seqtask.py's runs against episodes, a panel per setting: mean over seeds, band of one s.e."""
     panels, dense = {}, False
+    names = ["target", "reward", "length", "vocab", "candidates", "batch", "eta", "match", "seeds"]
+    epochs = {(r["algo"], r["epochs"]) for r in records if r["kind"] == "curve"}
+    names += ["epochs"] * (len(epochs) > len({algo for algo, _ in epochs}))          # dg's differ, but are not a setting
     for r in records:
         if r["kind"] == "curve":
-            names = ("target", "reward", "length", "vocab", "candidates", "batch", "eta", "match", "seeds")
             setting = {k: r[k] for k in names}
             panels.setdefault(tuple(setting.items()), {})[r["algo"]] = r
             dense = dense or r["reward"] != "terminal"
