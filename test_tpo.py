@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import runpy
 import signal
 import struct
 import subprocess
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 import bandit
 import baselines
 import llm_rlvr
+import seqtask
 from baselines import grpo_loss, pg_loss
 from tpo import standardize, tpo_loss, tpo_target, tpo_weights
 
@@ -1116,6 +1118,301 @@ def test_bandit_plot_draws_every_task_of_the_run(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     bandit.main(["--seeds", "1", "--steps", "20", "--plot", str(tmp_path / "figure.png")])
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# --------------------------------------------------------------------------------------------------------------- seqtask.py
+RUN = seqtask.Run("reverse_copy", "terminal", "tpo", 4, 2, 4, 12, 4, 1.0, 1e-3, "prompts", 2, 6)
+
+
+def seq_model(seeds, run=RUN, scale=1.0):
+    """Parameters of the seeds; scale > 1 makes the policy less uniform, as after some training."""
+    models = [seqtask.parameters(torch.Generator().manual_seed(s), run.vocab, run.length) for s in seeds]
+    P = {name: torch.stack([m[name] for m in models]) for name in models[0]}
+    P["head"], P["qkv_bias.0"] = P["head"] * scale, torch.randn_like(P["qkv_bias.0"])
+    return {name: p.requires_grad_() for name, p in P.items()}
+
+
+def plain_forward(P, s, tokens):
+    """Log-probs (N, L, V) by one seed's model written the ordinary way: no seed axis, no sharing, no folding."""
+    p = {name: x[s].squeeze(0) for name, x in P.items()}
+    norm = lambda x, n: F.layer_norm(x, (64,), p["gain" + n], p["shift" + n], 1e-6)
+    x = p["token"][tokens] + p["position"][:tokens.shape[1]]
+    for l in "01":
+        q, k, v = (norm(x, f"1.{l}") @ p[f"qkv.{l}"] + p[f"qkv_bias.{l}"].flatten()).chunk(3, -1)
+        heads = []
+        for h in (slice(0, 32), slice(32, 64)):
+            logits = q[..., h] @ k[..., h].mT / 32**0.5
+            future = torch.ones_like(logits, dtype=torch.bool).triu(1)
+            heads.append(logits.masked_fill(future, -math.inf).softmax(-1) @ v[..., h])
+        x = x + torch.cat(heads, -1) @ p[f"out.{l}"] + p[f"out_bias.{l}"]
+        up = norm(x, f"2.{l}") @ p[f"up.{l}"] + p[f"up_bias.{l}"]
+        x = x + F.gelu(up, approximate="tanh") @ p[f"down.{l}"] + p[f"down_bias.{l}"]
+    return (norm(x, "") @ p["head"] + p["head_bias"]).log_softmax(-1)
+
+
+def test_seqtask_rewards_and_goals_by_hand():
+    right = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
+    for kind, expected in (("bag", [[1, 1, 0, 1], [1, 1, 1, 1], [0, 1, 1, 1]]),
+                           ("sequential", [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]),
+                           ("terminal", [[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])):
+        assert seqtask.rewards(kind, right).tolist() == expected
+    for target, expected in (("copy", [0, 1, 3]), ("flip", [3, 2, 0]), ("reverse_copy", [3, 1, 0]), ("reverse_flip", [0, 2, 3])):
+        assert seqtask.goal(target, torch.tensor([0, 1, 3]), 4).tolist() == expected
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("vocab", [2, 5])
+def test_seqtask_rollout_and_shared_forward_are_the_plain_model(share, vocab):
+    """Cached rollout log-probs, and the tree's, against a full forward of one ordinary model per seed."""
+    run = RUN._replace(vocab=vocab)
+    P, (S, B, K, H) = seq_model([3, 4, 5], run, 6.0), (3, 6, 4, 4)
+    prompts, uniform = torch.randint(vocab, (S, B, H)), torch.rand(S, B * K, H)
+    prompts[0] = prompts[0, 0]                                             # seeds with unequal numbers of distinct prefixes
+    y, logps = seqtask.rollout(P, prompts, uniform, share)
+    sequences = torch.cat((prompts.repeat_interleave(K, 1), y[..., :-1]), -1)
+    nodes = seqtask.tree(sequences, H, vocab, K, share)
+    table = seqtask.forward(P, nodes, H)
+    full = torch.stack([plain_forward(P, s, sequences[s])[:, H - 1:] for s in range(S)])
+    torch.testing.assert_close(logps, full.detach(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(seqtask.take(table, nodes.node[..., H - 1:]).view(S, B * K, H, vocab), full, atol=2e-5, rtol=1e-4)
+    assert (y == (uniform[..., None] > full.exp().cumsum(-1)).sum(-1).clamp(max=vocab - 1)).all()
+    prefixes = {tuple(row[:n + 1]) for row in sequences[1].tolist() for n in range(2 * H - 1)}
+    if share:                                                              # each distinct prefix is one node
+        assert len({*nodes.node[1].flatten().tolist()}) == len(prefixes)
+    else:
+        assert nodes.token.shape[1] == B * H + B * K * (H - 1)
+
+
+def gradients_by_hand(run, P, prompts, uniform):
+    """The first two epochs' gradients by the losses themselves, on the plain model, for every row of every group."""
+    S, B, H = prompts.shape
+    y, logps = seqtask.rollout(P, prompts, uniform[:, :, :run.K].flatten(1, 2), False)
+    losses = []
+    for s in range(S):
+        sequences = torch.cat((prompts[s].repeat_interleave(run.K, 0), y[s, :, :-1]), -1)
+        logp = plain_forward(P, s, sequences)[:, H - 1:]                   # (N, H, V)
+        goal = prompts[s].flip(-1).repeat_interleave(run.K, 0)
+        r = seqtask.rewards(run.reward, y[s] == goal).view(B, run.K, H)
+        if run.algo in seqtask.TOKEN:
+            cdf = logps[s].exp().cumsum(-1)[..., 0]                        # V = 2
+            choice = (uniform[s] > cdf[:, None]).long().mT                 # (B, H, K)
+            before = torch.cat((torch.ones(B, 1), r[:, 0].cumprod(-1)[:, :-1]), -1) if run.reward == "sequential" else 1
+            scores = (choice == goal[..., None]).float() * torch.as_tensor(before).expand(B, H)[..., None]
+            args = logp.gather(-1, choice), logps[s].gather(-1, choice), scores
+        else:
+            l, l_old = (x.gather(-1, y[s][..., None])[..., 0].view(B, run.K, H) for x in (logp, logps[s]))
+            args = (l.sum(-1), l_old.sum(-1), r.mean(-1)) if run.algo in seqtask.GROUPED else (l, l_old, r)
+        name = run.algo.replace("_token", "").replace("_no_kl", "")
+        loss = tpo_loss if name == "tpo" else getattr(baselines, name + "_loss")
+        extra = {"beta": 0.0} if run.algo == "grpo_no_kl" else {"eta": run.eta} if name in ("tpo", "dg", "tpo_no_anchor") else {}
+        losses.append(loss(*args, **extra))
+    return torch.autograd.grad(sum(losses), P.values(), allow_unused=True)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("algo, reward", [(a, "terminal") for a in seqtask.SINGLE + seqtask.GROUPED]
+                         + [(a, r) for a in seqtask.TOKEN for r in ("bag", "sequential")] + [("tpo", "sequential"), ("dg", "bag")])
+def test_seqtask_shared_and_skipped_rows_keep_the_gradient(algo, reward, share):
+    """On the first epoch and, from a policy that has moved by then, on the second: against plain losses on every row."""
+    torch.manual_seed(0)
+    run = RUN._replace(algo=algo, reward=reward, length=3, epochs=2, eta=0.8)
+    old, B, H = seq_model([1, 2], run, 2.0), 24, 3
+    prompts, uniform = torch.randint(2, (2, B, H)), torch.rand(2, B, 4, H)
+    seen, moved = [], {name: p.detach() + 0.05 * torch.randn_like(p) for name, p in old.items()}
+    P = {name: p.detach().clone().requires_grad_() for name, p in old.items()}
+
+    class Recorder:
+        def step(self):
+            seen.append([p.grad.clone() for p in P.values()])
+            for name, p in P.items():
+                p.data.copy_(moved[name])
+
+    started = torch.zeros(2, dtype=torch.bool)
+    seqtask.episode(run, P, [Recorder()], prompts, uniform, started, share)
+    assert started.all() and len(seen) == 2
+    expected = gradients_by_hand(run, old, prompts, uniform)
+    scale = max(g.abs().max() for g in expected)
+    for name, g, e in zip(P, seen[0], expected):
+        torch.testing.assert_close(g, e, atol=2e-5 * scale, rtol=1e-3, msg=f"first epoch, {name}")
+    samples = seqtask.rollout(old, prompts, uniform[:, :, :run.K].flatten(1, 2), False)
+    with pytest.MonkeyPatch.context() as m:                                # the rollouts of old, the model of moved
+        m.setattr(seqtask, "rollout", lambda *args: samples)
+        expected = gradients_by_hand(run, P, prompts, uniform)
+    scale = max(g.abs().max() for g in expected)
+    for name, g, e in zip(P, seen[1], expected):
+        torch.testing.assert_close(g, e, atol=2e-5 * scale, rtol=1e-3, msg=f"second epoch, {name}")
+
+
+@pytest.mark.parametrize("algo", ["tpo", "grpo_masked", "dg"])
+def test_seqtask_seeds_do_not_depend_on_their_neighbours(algo):
+    """Two episodes: what three seeds do together, each does alone (longer, rounding may flip a sample)."""
+    run = RUN._replace(algo=algo, reward="sequential", seeds=3, episodes=2)
+    streams = [torch.Generator().manual_seed(s) for s in range(3)]
+    draws = [(torch.stack([torch.randint(2, (12, 4), generator=g) for g in streams]),
+              torch.stack([torch.rand(12, 4, 4, generator=g) for g in streams])) for _ in range(2)]
+
+    def final(seeds):
+        P = {name: p.detach()[seeds].requires_grad_() for name, p in seq_model([0, 1, 2], run).items()}
+        optimizer, started = seqtask.optimizers(P, 1e-3), torch.zeros(len(seeds), dtype=torch.bool)
+        for prompts, uniform in draws:
+            seqtask.episode(run, P, optimizer, prompts[seeds], uniform[seeds], started, True)
+        return P
+
+    torch.manual_seed(5)
+    together = final([0, 1, 2])
+    torch.manual_seed(5)
+    alone = final([1])
+    for name in alone:
+        if not name.startswith("qkv_bias"):                                # keys' bias: gradient 0 but for rounding, and
+            torch.testing.assert_close(together[name][1:2], alone[name], atol=3e-5, rtol=1e-3)     # Muon ignores its size
+
+
+def test_seqtask_training_repeats_and_first_seed_is_the_same_alone():
+    errors = [seqtask.train(RUN._replace(seeds=s, episodes=3), "cpu", True)[0] for s in (1, 3)]
+    assert torch.equal(errors[0][:, 0], errors[1][:, 0]) and not torch.equal(errors[1][:, 0], errors[1][:, 1])
+
+
+def test_seqtask_muon_is_torch_muon_up_to_bf16_and_its_scale():
+    for n, m in ((64, 256), (256, 64), (2, 64)):
+        ours, scale = torch.randn(2, n, m, requires_grad=True), max(1, m / n)**0.5
+        theirs = [ours.detach()[s].T.contiguous().requires_grad_() for s in range(2)]        # torch's are (out, in)
+        start = ours.detach().clone()
+        muon = seqtask.Muon([ours], 0.01)
+        peers = [torch.optim.Muon([p], lr=0.01, momentum=0.95, weight_decay=0) for p in theirs]
+        for _ in range(3):
+            ours.grad = torch.randn(2, n, m)
+            for s, (p, peer) in enumerate(zip(theirs, peers)):
+                p.grad = ours.grad[s].T.contiguous()
+                peer.step()
+            muon.step()
+        for s in range(2):
+            a, b = (ours.detach()[s] - start[s]).flatten(), (theirs[s].detach().T - start[s]).flatten()
+            assert F.cosine_similarity(a, b, 0) > 0.995
+            assert a.norm() / b.norm() == pytest.approx(1, abs=0.03) and a.norm() > 0.01 * scale
+
+
+def test_seqtask_what_goes_to_muon():
+    P = seq_model([0])
+    muon, adam = seqtask.optimizers(P, 1e-3)
+    on_muon = {id(p): scale for group in muon.groups.values() for p, _, scale in group}
+    names = {name.rstrip(".01"): round(on_muon[id(p)], 3) for name, p in P.items() if id(p) in on_muon}
+    assert names == {"token": 5.657, "position": 2.828, "qkv_bias": 4.0, "up": 2.0, "down": 1.0, "head": 1.0}
+    assert len(on_muon) + sum(len(g["params"]) for g in adam.param_groups) == len(P)
+
+
+def test_seqtask_initial_scales():
+    P = seqtask.parameters(torch.Generator().manual_seed(0), 16, 10)
+    for name, std in (("token", 64**-0.5), ("position", 0.02), ("qkv.0", 64**-0.5), ("out.1", 64**-0.5), ("up.0", 64**-0.5),
+                      ("down.0", 256**-0.5), ("head", 64**-0.5)):
+        assert P[name].std().item() == pytest.approx(std, rel=0.08), name
+
+
+@pytest.mark.parametrize("neighbour", [False, True])
+def test_seqtask_a_seed_that_never_had_a_gradient_stays_where_it_is(neighbour):
+    """All answers wrong: the first epoch's gradient is exactly 0, and rounding must not become Muon's full-size steps, whether
+    or not another seed is under way."""
+    torch.manual_seed(0)
+    run = RUN._replace(length=12, episodes=1)
+    P = seq_model([0, 1], run)
+    before = {name: p.detach().clone() for name, p in P.items()}
+    started = torch.tensor([neighbour, False])
+    error, _ = seqtask.episode(run, P, seqtask.optimizers(P, 1e-3), torch.randint(2, (2, 12, 12)),
+                               torch.rand(2, 12, 4, 12), started, True)
+    assert error.tolist() == [1, 1] and started.tolist() == [neighbour, False]
+    assert all(torch.equal(p[1], before[name][1]) for name, p in P.items())
+
+
+def test_seqtask_dense_run_reaches_one_percent(tmp_path, capsys):
+    log = tmp_path / "a.jsonl"
+    command = "--reward bag --algo tpo_token --length 4 --episodes 80 --seeds 2 --out".split() + [str(log)]
+    seqtask.main(command)
+    config, curve, result = records_of(log)
+    assert result["steps_to_1pct"] < 70 and result["final_error"] < 0.02 and result["solved"] == 1
+    assert curve["error"][0] > 0.3 and len(curve["error"]) == 80 and len(curve["error_per_seed"]) == 2
+    assert {"target", "reward", "algo", "length", "vocab", "candidates", "batch", "epochs", "eta", "match", "seeds", "episodes",
+            "final_error", "final_error_se", "solved", "steps_to_1pct", "ms_per_episode_seed"} <= set(result)
+    out = capsys.readouterr().out
+    assert "seed-episodes/s" in out and "s left" in out and "final error, 2 seeds: tpo_token" in out
+    seqtask.main(command)                                                  # the same again: nothing is run twice
+    assert "not run again" in capsys.readouterr().out and records_of(log) == [config, curve, result]
+
+
+def records_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_seqtask_result_by_hand():
+    errors = torch.linspace(1, 0, 40)[:, None].repeat(1, 4)
+    errors[:, 3] = 1
+    curve, result = seqtask.records(RUN._replace(seeds=4, episodes=40), errors, {}, 8.0)
+    last = [1 - i / 39 for i in range(30, 40)]
+    assert result["final_error"] == pytest.approx((3 * sum(last) / 10 + 1) / 4, rel=1e-3) and result["solved"] == 0
+    assert result["steps_to_1pct"] is None and result["ms_per_episode_seed"] == 50
+    errors[25:] = 0.04
+    errors[30] = 0.005
+    _, result = seqtask.records(RUN._replace(seeds=4, episodes=40), errors, {}, 8.0)
+    assert result["steps_to_1pct"] == 30 and result["solved"] == 1 and result["final_error_se"] == 0
+
+
+def test_seqtask_interactions_scale_batch_and_learning_rate(capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(seqtask, "optimizers", lambda P, lr: seen.append(lr) or ())
+    monkeypatch.setattr(seqtask, "episode", lambda run, P, o, prompts, uniform, *rest: (
+        seen.extend((tuple(prompts.shape), tuple(uniform.shape))) or torch.zeros(1), {}))
+    seqtask.main("--algo dg,tpo --match interactions --seeds 1 --length 4 --candidates 16 --batch 10 --episodes 1".split())
+    assert seen == [4e-3, (1, 160, 4), (1, 160, 1, 4), 1e-3, (1, 10, 4), (1, 10, 16, 4)]
+    assert capsys.readouterr().out.count("10 * 16 prompts, learning rate 0.001 * sqrt(16)") == 1
+
+
+def test_seqtask_diagnostics_by_hand():
+    scores = torch.tensor([[[1.0, 0, 0, 0], [0, 0, 0, 0]]])
+    d = seqtask.diagnostics(RUN, torch.tensor([2.0]), torch.zeros(1, 2, 4, 3), scores)
+    e = math.exp(math.sqrt(3) + 1 / math.sqrt(3))                          # u = sqrt 3 and -1 / sqrt 3
+    assert d["groups_with_success"] == 0.5 and d["zero_variance"] == 0.5 and d["gradient_norm"] == 2
+    assert d["weight_success"].item() == pytest.approx(e / (e + 3)) and \
+        d["weight_failure"].item() == pytest.approx((3 / (e + 3) + 1) / 7)
+    d = seqtask.diagnostics(RUN._replace(algo="grpo"), torch.tensor([2.0]), torch.zeros(1, 2, 4, 3), scores)
+    assert d["weight_success"].item() == pytest.approx(3**0.5) and d["weight_failure"].item() == pytest.approx(3**0.5 / 7)
+
+
+def test_seqtask_plot_has_a_panel_per_setting(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    log = tmp_path / "seq_a.jsonl"
+    seqtask.main(f"--algo tpo,dg --length 2,3 --epochs 1,2 --batch 5 --episodes 3 --out {log}".split())
+    plot = runpy.run_path(str(Path(seqtask.__file__).parent / "results" / "plot.py"))
+    panels = []
+    plot["seq"].__globals__["draw"] = lambda axis, curves, floor: panels.append(sorted(curves))
+    plot["seq"](records_of(log), tmp_path / "a.png")
+    assert sorted(panels) == [["dg", "tpo"]] * 2 + [["tpo"]] * 2 and (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_seqtask_diagnostics_run(tmp_path):
+    seqtask.main(["--preset", "section4", "--smoke", "--length", "3", "--episodes", "3", "--out", str(tmp_path / "a")])
+    curve = records_of(tmp_path / "a")[1]
+    assert all(len(curve[k]) == 3 for k in ("gradient_norm", "zero_variance", "weight_success")) and curve["gradient_norm"][0] > 0
+
+
+@pytest.mark.parametrize("preset, count", [("table1", 16), ("table2", 32), ("table3", 40), ("fig8", 4), ("eta", 5), ("ksweep", 10),
+                                           ("epochs", 10), ("masking", 3), ("dg-epochs", 2), ("section4", 2)])
+def test_seqtask_presets(preset, count):
+    cfg, runs = seqtask.parse(["--preset", preset])
+    assert len(runs) == count and all(run.seeds >= 10 and run.episodes >= 1000 for run in runs)
+    assert all(run.epochs == 1 for run in runs if run.algo == "dg") or preset == "dg-epochs"
+    assert seqtask.parse(["--preset", preset, "--seeds", "3"])[1][0].seeds == 3
+    assert all(run.episodes <= 300 and run.length <= 6 for run in seqtask.parse(["--preset", preset, "--smoke"])[1])
+
+
+@pytest.mark.parametrize("command, words", [
+    ("--algo tpo_token", "--algo tpo_token with --reward terminal"), ("--candidates 1 --algo dg,grpo", "--candidates 1"),
+    ("--reward dense", "--reward dense: allowed are bag, sequential, terminal"), ("--length 1", "--length 1"),
+    ("--vocab x", "--vocab x"), ("--eta 0", "--eta 0"), ("--lr nan", "--lr nan"), ("--preset table9", "table1, table2"),
+    ("--epoch 3", "--epoch is not a flag"), ("--length 40 --vocab 4", "2 ** 62"), ("--device tpu", "--device tpu"),
+    ("--diagnostics --algo dg", "--diagnostics"), ("--out /nowhere/a.jsonl", "--out /nowhere/a.jsonl"), ("--seeds 1.5", "--seeds")])
+def test_seqtask_bad_flags_are_one_line(command, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        seqtask.main(command.split())
+    err = capsys.readouterr().err
+    assert error.value.code == 2 and err.count("\n") == 1 and words in err and err.startswith("seqtask.py: ")
 
 
 # ------------------------------------------------------------------------------------------------------------------- CUDA

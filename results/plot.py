@@ -14,7 +14,9 @@ except ImportError:
 NAMES = {"tpo": ("TPO", "#d62728"), "grpo": ("GRPO", "#ff7f0e"), "pg": ("PG", "#1f77b4"), "dg": ("DG", "#2ca02c"),
          "group_pg": ("Group PG", "#9467bd"), "ce": ("CE", "#7f7f7f"), "ppo": ("PPO", "#8c564b"),
          "tpo:anchor=1": ("TPO α=1", "#d62728"), "tpo:anchor=0.25": ("TPO α=.25", "#e377c2"),
-         "tpo:anchor=0": ("TPO α=0", "#17becf")}
+         "tpo:anchor=0": ("TPO α=0", "#17becf"), "grpo_no_kl": ("GRPO, no KL", "#bcbd22"),
+         "grpo_masked": ("GRPO, masked", "#17becf"), "tpo_no_anchor": ("TPO, no anchor", "#e377c2"),
+         "tpo_token": ("TPO", "#d62728"), "grpo_token": ("GRPO", "#ff7f0e")}
 TITLES = {"single": "1 context, 100 arms", "multi": "100 contexts, 10 arms", "mnist": "MNIST"}
 
 
@@ -73,6 +75,36 @@ def compare(runs, path):
     print(f"wrote {path}")
 
 
+def seq(records, path):
+    """Error of seqtask.py's runs against episodes, a panel per setting: mean over seeds, band of one s.e."""
+    panels, dense = {}, False
+    names = ["target", "reward", "length", "vocab", "candidates", "batch", "eta", "match", "seeds"]
+    epochs = {(r["algo"], r["epochs"]) for r in records if r["kind"] == "curve"}
+    names += ["epochs"] * (len(epochs) > len({algo for algo, _ in epochs}))          # dg's differ, but are not a setting
+    for r in records:
+        if r["kind"] == "curve":
+            setting = {k: r[k] for k in names}
+            panels.setdefault(tuple(setting.items()), {})[r["algo"]] = r
+            dense = dense or r["reward"] != "terminal"
+    varied = {k for k in dict(next(iter(panels))) if len({dict(s)[k] for s in panels}) > 1}
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", figsize=(5 * columns, 3.6 * rows))
+    for axis, (setting, curves) in zip(axes.flat, panels.items()):
+        draw(axis, {algo: [(r["every"] * (i + 0.5), m, s) for i, (m, s) in
+                           enumerate(zip(r["error"], r["error_se"] or [0] * len(r["error"])))]
+                    for algo, r in curves.items()}, floor=1e-4 if dense else 0)
+        shown = varied | {"reward", "length", "vocab", "seeds"}
+        title = [v if isinstance(v, str) else f"{k} {v:g}" for k, v in setting if k in shown]
+        axis.set_title(", ".join(title), fontsize=9)
+        axis.set_xlabel("episode")
+        axis.set_ylabel("error")
+    for axis in axes.flat[len(panels):]:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
 def draw(axis, curves, floor):
     """Curves {algo: [(x, mean, s.e.), ...]} on a log axis that ends at the floor (0: linear), each labelled at its end."""
     axis.set_yscale("log" if floor else "linear")
@@ -96,6 +128,7 @@ def draw(axis, curves, floor):
 
 if __name__ == "__main__":
     here = Path(__file__).parent
-    for log in map(Path, sys.argv[1:] or [*sorted(here.glob("bandit_*.jsonl")), *sorted(here.glob("llm_[cd]*.jsonl"))]):
-        figure = bandit if log.name.startswith("bandit") else llm if "default" in log.name else compare
+    for log in map(Path, sys.argv[1:] or [*sorted(here.glob("bandit_*.jsonl")), *sorted(here.glob("seq_*.jsonl")),
+                                          *sorted(here.glob("llm_[cd]*.jsonl"))]):
+        figure = {"bandit": bandit, "seq": seq}.get(log.name.split("_")[0], llm if "default" in log.name else compare)
         figure([json.loads(line) for line in log.read_text().splitlines()], log.with_suffix(".png"))
