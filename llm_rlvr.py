@@ -1,12 +1,13 @@
 """RL with verifiable rewards on a small GPT by Target Policy Optimization (Kaddour, arXiv 2604.06159).
 
-    python llm_rlvr.py --algo tpo                                 minutes on two CPU cores
+    python llm_rlvr.py --algo tpo                                 3 minutes on two CPU cores
     python llm_rlvr.py --algo tpo,grpo,dg:epochs=1                each from the same warm start, then one table
     python llm_rlvr.py --algo tpo,tpo:anchor=1,grpo:lr=1e-3       settings of one run behind its name
     python llm_rlvr.py --task knights_knaves                      another task; --help lists every flag
     python llm_rlvr.py --algo tpo --resume                        go on after Ctrl-C or a crash
 
-LASTLINE
+The last line to expect from the first command (seeds 1 and 2 end at 93.4%, 93.7%):
+    tpo took graph_color from 9.4% to 93.1% pass@1 (greedy 94.5%) on 256 heldout puzzles in 750 updates and 163 s, ...
 Logs and the checkpoint go to out/<task>-<algo>-<seed>/. The algorithm is Trainer.update; the rest is what it needs.
 """
 import argparse
@@ -43,14 +44,14 @@ def flag(default, help):
 
 @dataclass(frozen=True)
 class Config:
-    algo: str = flag("tpo", "tpo, tpo_no_anchor, group_pg, grpo, grpo_no_kl, grpo_masked, rloo, maxrl, rebel, oapl, pg, "
-                            "ppo, dg, kondo, dr_grpo, dapo, gspo, cispo, or a comma list; NAME:FLAG=VALUE:... sets flags "
-                            "for that run alone")
+    algo: str = flag("tpo", "tpo, tpo_no_anchor, group_pg, grpo, grpo_no_kl, grpo_masked, rloo, maxrl, rebel, oapl, "
+                            "pg, ppo, dg, kondo, dr_grpo, dapo, gspo, cispo, or a comma list; NAME:FLAG=VALUE:... "
+                            "sets flags for that run alone")
     task: str = flag("graph_color", "graph_color, knights_knaves or addition")
     steps: int = flag(750, "RL updates, one rollout batch each")
     prompts: int = flag(32, "prompts per update, B")
     candidates: int = flag(16, "completions per prompt, K")
-    epochs: int = flag(2, "gradient steps per rollout batch")
+    epochs: int = flag(2, "gradient steps per rollout batch; dg, pg, group_pg and kondo are made for 1")
     lr: float = flag(2e-3, "AdamW learning rate: rises over 30 updates, and falls linearly to 0")
     eta: float = flag(1.0, "temperature of the target (tpo, tpo_no_anchor) or of the gate (dg)")
     anchor: float = flag(0.25, "alpha in q ~ p_old^alpha exp(u / eta): 1 is the paper, 0 the uniform anchor")
@@ -438,7 +439,7 @@ class Trainer:
 
         T, trained_tokens = int(real.sum(-1).max()), 0
         y, real = y[..., :T], real[..., :T]
-        logp_old = torch.zeros_like(real, dtype=torch.float32)  # not the sampler's: its bf16 rounds differently, p != p_old
+        logp_old = torch.zeros_like(real, dtype=torch.float32)  # not the sampler's: its bf16 differs, and p != p_old
         metrics["grad_norm"] = logp_old.sum()                                   # of the first epoch; 0 if there is none
 
         def log_policy(rows):
@@ -574,8 +575,8 @@ class Trainer:
                 self.recent.append(self.update())
             except FloatingPointError as error:
                 write(folder / "last-good.pt", {"config": asdict(c), "model": self.model.state_dict()})
-                fail(f"{error}; the weights before that step are in {folder / 'last-good.pt'}: start again with a lower "
-                     f"--lr (now {c.lr}) or a higher --eta (now {c.eta})", 1)
+                fail(f"{error}; the weights before that step are in {folder / 'last-good.pt'}: start again with a "
+                     f"lower --lr (now {c.lr}) or a higher --eta (now {c.eta})", 1)
             self.step += 1
             self.records.append({"kind": "update", "step": self.step, **self.recent[-1]})
 
@@ -758,13 +759,19 @@ def plan(argv):
     return runs
 
 
+def label(config):
+    """The run's name, with alpha: curves of different anchors are different methods."""
+    plain_tpo = config["algo"].split(":")[0] == "tpo" and "anchor" not in config["algo"]
+    return config["algo"] + (f" (alpha {config['anchor']:g})" if plain_tpo else "")
+
+
 def compare(logs):
     """A table of several runs: pass@1 at the end, and where it passed 50% and 90%."""
     print(f"\n{'algorithm':<28}{'before':>8}{'after':>8}{'greedy':>8}{'50% after':>20}{'90% after':>20}")
-    for *records, r in logs:
+    for config, *records, r in logs:
         half, most = (next((f"{e['step']} ({e['seconds']:.0f} s)" for e in records
                             if e["kind"] == "eval" and e["pass1"] >= bar), "-") for bar in (0.5, 0.9))
-        print(f"{r['algo']:<28}{r['pass1_before']:>8.3f}{r['pass1_after']:>8.3f}{r['greedy_after']:>8.3f}"
+        print(f"{label(config):<28}{r['pass1_before']:>8.3f}{r['pass1_after']:>8.3f}{r['greedy_after']:>8.3f}"
               f"{half:>20}{most:>20}")
 
 
@@ -783,7 +790,7 @@ def main(argv=None):
         figure, axis = plt.subplots()
         for records in logs:
             steps, rates = zip(*((e["step"], e["pass1"]) for e in records if e["kind"] == "eval"))
-            axis.plot(steps, rates, label=records[-1]["algo"])
+            axis.plot(steps, rates, label=label(records[0]))
         axis.set(xlabel="update", ylabel="pass@1", ylim=(0, 1))
         axis.legend()
         figure.savefig(runs[-1][1] / "pass1.png", dpi=150)

@@ -9,8 +9,8 @@
 dL/dl = p - q, and (w * l).sum() with w = tpo_weights has tpo_loss's gradient. verl hands an estimator the rewards and
 the prompt (uid) of every row, but no old log-probs, so only anchor = 0 can be computed: on the first epoch p = 1/K
 whatever they are. Hence one epoch (ppo_epochs 1) and one mini-batch (ppo_mini_batch_size = train_batch_size); a second
-would find p != p_old and need another w. gpg is -A log pi without ratio or clip; seq-mean-token-sum adds tokens, then divides
-by the number of sequences, so an advantage of -w * rows gives the mean over prompts, in any micro-batches.
+would find p != p_old and need another w. gpg is -A log pi without ratio or clip; seq-mean-token-sum adds tokens, then
+divides by the number of sequences, so an advantage of -w * rows gives the mean over prompts, in any micro-batches.
 Sample at temperature 1 without top-k/top-p. eta is fixed at 1: verl passes an estimator no setting of ours.
 """
 import sys
