@@ -3,12 +3,13 @@
     python results/compare.py tune       writes results/llm_tune.jsonl, one line per run
     python results/compare.py record     takes each algorithm's best setting from there, writes results/llm_compare.jsonl
     python results/compare.py table      prints the README's table from that
-Two runs at a time, one thread each. A run that is already in the file is not repeated.
+One run per CPU core at a time, one thread each. A run that is already in the file is not repeated.
 """
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,7 +19,7 @@ TASKS = "graph_color", "knights_knaves"
 ALGOS = "tpo:anchor=1", "tpo:anchor=0.25", "tpo:anchor=0", "grpo", "dg", "ppo", "pg"
 STEPS = 200
 PHASES = {
-    "tune": dict(file=HERE / "llm_tune.jsonl", flags=f"--steps {STEPS} --eval-set heldout", seeds=[100]),
+    "tune": dict(file=HERE / "llm_tune.jsonl", flags=f"--steps {STEPS} --eval-set heldout", seeds=[100, 101]),
     "record": dict(file=HERE / "llm_compare.jsonl", flags=f"--steps {STEPS} --eval-set test", seeds=[0, 1, 2, 3, 4])}
 GRID = [f"lr={lr}:epochs={epochs}" for lr, epochs in ((5e-4, 1), (1e-3, 1), (2e-3, 1), (1e-3, 2), (2e-3, 2), (1e-3, 4))]
 COMMON = "--prompts 16 --eval-every 25 --device cpu"
@@ -46,9 +47,12 @@ def run(job):
 
 
 def best(task, algo):
-    """The setting with the highest mean of final and average pass@1 on the tuning seeds."""
-    value = lambda r: r["pass1_after"] + sum(e["pass1"] for e in r["curve"]) / len(r["curve"])
-    return max((r for r in lines(PHASES["tune"]["file"]) if (r["task"], r["algo"]) == (task, algo)), key=value)["setting"]
+    """The setting with the highest final plus average pass@1, summed over the tuning seeds."""
+    value = Counter()
+    for r in lines(PHASES["tune"]["file"]):
+        if (r["task"], r["algo"]) == (task, algo):
+            value[r["setting"]] += r["pass1_after"] + mean(e["pass1"] for e in r["curve"])
+    return max(value, key=value.get)
 
 
 def table():
@@ -75,5 +79,5 @@ if __name__ == "__main__":
         [f"{a}:{g}" for g in GRID] if sys.argv[1] == "tune" else [best(t, a)])]
     done = {r["command"] for r in lines(phase["file"])}
     jobs = [(t, s, seed, phase["flags"]) for seed in phase["seeds"] for t, s in settings]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(run, [job for job in jobs if command(*job) not in done]))
