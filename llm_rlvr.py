@@ -30,7 +30,8 @@ from statistics import mean
 import tiktoken
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
+from torch.utils.checkpoint import checkpoint
 
 import baselines
 from tpo import standardize, tpo_loss, tpo_target
@@ -40,6 +41,11 @@ from tpo import standardize, tpo_loss, tpo_target
 def flag(default, help):
     """A field that becomes a command-line flag of the same name, type and default."""
     return field(default=default, metadata={"help": help})
+
+
+# defaults with --init-from; alpha: see results/long_completions.md
+PRETRAINED = dict(steps=100, prompts=16, epochs=1, lr=1e-5, anchor=0.0, eval_every=10, eval_puzzles=64, max_new_tokens=256,
+                  warm_steps=0, micro_tokens=2048)
 
 
 @dataclass(frozen=True)
@@ -55,20 +61,42 @@ class Config:
     lr: float = flag(2e-3, "AdamW learning rate: rises over 30 updates, and falls linearly to 0")
     eta: float = flag(1.0, "temperature of the target (tpo, tpo_no_anchor) or of the gate (dg)")
     anchor: float = flag(0.25, "alpha in q ~ p_old^alpha exp(u / eta): 1 is the paper, 0 the uniform anchor")
+    length_normalize: bool = flag(False, "per-token means of log-probs instead of sums in grouped losses, as the author's "
+                                         "trainer port does: another fixed point")
     seed: int = flag(0, "of the weights, the training prompts and the sampling")
     eval_every: int = flag(50, "updates between evaluations; a checkpoint precedes each")
-    eval_set: str = flag("heldout", "which 256 fixed puzzles to evaluate on: heldout, or test for final numbers")
+    eval_set: str = flag("heldout", "which fixed puzzles to evaluate on: heldout, or test for final numbers")
+    eval_puzzles: int = flag(256, "how many of them")
     max_new_tokens: int = flag(7, "longest completion, its end token included, T")
     warm_steps: int = flag(100, "supervised steps on random answers of the right form")
     layers: int = flag(2, "transformer blocks")
     width: int = flag(128, "embedding width, a multiple of 2 x heads")
     heads: int = flag(4, "query heads")
     kv_heads: int = flag(2, "key/value heads, a divisor of heads")
+    init_from: str = flag("", "folder of a pretrained Llama, Qwen2 or Qwen3 checkpoint; without it a small GPT from random "
+                              "weights")
+    lora_rank: int = flag(0, "train low-rank branches of this rank instead of the weights; 0 is full training")
+    micro_tokens: int = flag(8192, "tokens in one backward pass: lower it when memory runs out; the gradient stays the same")
+    recompute: bool = flag(False, "keep no activations for the backward pass but those between blocks: slower, less memory")
+    export: str = flag("", "folder for the trained model in Hugging Face layout")
     out: str = flag("out/{task}-{algo}-{seed}", "folder of log.jsonl and checkpoint.pt")
     resume: bool = flag(False, "continue from the checkpoint in --out; without it the run there is replaced")
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     compile: bool = flag(False, "torch.compile the training pass")
     plot: bool = flag(False, "draw pass@1 into --out (needs matplotlib)")
+
+
+# -------------------------------------------------------------------------------- several GPUs: torchrun sets the ranks
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def gather(x):
+    """The parts (b, ...) of all ranks in order, (RANKS * b, ...)."""
+    if RANKS == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(RANKS)]
+    distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
@@ -164,11 +192,11 @@ def puzzles(task, rng, n, split):
 
 
 @cache
-def exam(task, split):
-    """The fixed puzzles of an evaluation, the same for every seed: 256, or fewer in a small task, all different."""
+def exam(task, split, n):
+    """The fixed puzzles of an evaluation, the same for every seed: n, or fewer in a small task, all different."""
     rng, found = random.Random(split), {}
-    for _ in range(640):
-        if len(found) < 256:
+    for _ in range(5 * n // 2):
+        if len(found) < n:
             found.update(puzzles(task, rng, 1, split))
     return list(found.items())
 
@@ -190,9 +218,9 @@ def encode(enc, text):
         fail(f"--task: {error.args[0].decode()!r} of {text!r} is not among the words of 2,000 puzzles and guesses")
 
 
-def encode_prompts(enc, items, device):
+def encode_prompts(encode, items, device):
     """Left-padded prompts, so that every completion starts at the same column: tokens (B, P) and valid (B, P)."""
-    rows = [encode(enc, text) for text, _ in items]
+    rows = [encode(text) for text, _ in items]
     P = max(map(len, rows))
     tokens = torch.tensor([[0] * (P - len(r)) + r for r in rows])
     valid = torch.tensor([[False] * (P - len(r)) + [True] * len(r) for r in rows])
@@ -221,7 +249,7 @@ class GPT(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config = c
+        self.config, self.recompute = c, False         # recompute: keep no activations inside blocks for the backward
         self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(c.vocab, c.width),
                                     "layers": nn.ModuleList(Block(c) for _ in range(c.layers)),
                                     "norm": nn.RMSNorm(c.width, c.eps)})
@@ -247,7 +275,10 @@ class GPT(nn.Module):
         angle = (pos[..., None] * frequency).repeat(1, 1, 2)[:, :, None]                                  # (B, S, 1, D)
         rope, x = (angle.cos(), angle.sin()), self.model["embed_tokens"](tokens)
         for i, block in enumerate(self.model["layers"]):
-            x = block(x, rope, mask, None if cache is None else cache[i], start)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, None, start, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, None if cache is None else cache[i], start)
         return self.model["norm"](x)
 
 
@@ -321,29 +352,46 @@ def layout(valid, K, T):
 
 
 @torch.no_grad()
-def sample(model, tokens, valid, K, T, end, generator, greedy=False):
+def sample(model, tokens, valid, K, T, end, generator, greedy=False, share=None, shard=(0, 1)):
     """K completions y (B, K, T) of each prompt, real (B, K, T): True up to the end token and on it, fp32 log-probs.
 
     Temperature 1 without top-k or top-p: any other sampler is not the policy whose log-probs are trained.
+    share: how many completions of a prompt lie in one row of `layout`: all K by default, and 1 where T is long.
+    shard (rank, ranks): the noise is drawn for all ranks, so that the samples do not depend on their number.
     """
-    c, (B, P), kind = model.config, tokens.shape, tokens.device.type
-    mask, pos = layout(valid, K, T - 1)                                               # the last token is never an input
+    c, (B, P), kind, share = model.config, tokens.shape, tokens.device.type, share or K
+    n, (rank, ranks) = K // share, shard                                              # n rows a prompt
+    mask, pos = layout(valid, share, T - 1)                                           # the last token is never an input
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    cache = [torch.empty(2, B, c.kv_heads, P + K * (T - 1), c.head_dim, device=tokens.device, dtype=dtype)
+    cache = [torch.empty(2, B * n, c.kv_heads, P + share * (T - 1), c.head_dim, device=tokens.device, dtype=dtype)
              for _ in range(c.layers)]
-    h = model(tokens, pos[:, :P], mask[:, :, :P, :P], cache)[:, -1:].expand(-1, K, -1)                 # (B, K, width)
-    ys, logps = [], []
+    h = model(tokens, pos[:, :P], mask[:, :, :P, :P], [x[:, ::n] for x in cache])[:, -1:]              # (B, 1, width)
+    for x in cache:                                         # a prompt is computed once and copied to its other rows
+        x[:, :, :, :P] = x[:, ::n, :, :P].repeat_interleave(n, 1)
+    mask, pos, h = (x.repeat_interleave(n, 0) for x in (mask, pos, h.expand(-1, share, -1)))
+    y = torch.full((B * n, share, T), end, device=tokens.device)
+    logps, rows = torch.zeros(y.shape, device=tokens.device), torch.arange(B * n, device=tokens.device)
     for t in range(T):
-        logp = model.lm_head(h).float().log_softmax(-1)                                                # (B, K, V)
-        gumbel = 0 if greedy else -torch.empty_like(logp).exponential_(generator=generator).log()
-        ys.append((logp + gumbel).argmax(-1))                                       # (B, K) ~ softmax, and no host sync
-        logps.append(logp.gather(-1, ys[-1][..., None])[..., 0])
-        if t < T - 1:
-            now = slice(P + t * K, P + t * K + K)
-            h = model(ys[-1], pos[:, now], mask[:, :, now, :now.stop], cache, now.start)
-    y, logp = torch.stack(ys, -1), torch.stack(logps, -1)
+        logp = model.lm_head(h).float().log_softmax(-1)                                          # (rows, share, V)
+        gumbel = 0 if greedy else -torch.empty(ranks * B * n, share, logp.shape[-1], device=tokens.device).exponential_(
+            generator=generator)[rank * B * n + rows].log()
+        token = (logp + gumbel).argmax(-1)                                      # (rows, share) ~ softmax, no host sync
+        y[rows, :, t], logps[rows, :, t] = token, logp.gather(-1, token[..., None])[..., 0]
+        if t == T - 1:
+            break
+        if t % 16 == 15:                                    # the batch shrinks; it costs a host sync, so not each token
+            going = ~(y[rows, :, :t + 1] == end).any(-1).all(-1)                                       # (rows,)
+            if not going.any():
+                break
+            if going.float().mean() <= 0.75:
+                rows, mask, pos, token = (x[going] for x in (rows, mask, pos, token))
+                for i, x in enumerate(cache):
+                    cache[i] = x[:, going]
+        now = slice(P + t * share, P + t * share + share)
+        h = model(token, pos[:, now], mask[:, :, now, :now.stop], cache, now.start)
+    y, logps = y.view(B, K, T), logps.view(B, K, T)
     real = up_to_end(y, end)
-    return y, real, logp.masked_fill(~real, 0)
+    return y, real, logps.masked_fill(~real, 0)
 
 
 def up_to_end(y, end):
@@ -358,16 +406,23 @@ def token_logp(model, tokens, valid, y):
     slots = y.transpose(1, 2).flatten(1)                                                               # (B, T * K)
     h = model(torch.cat((tokens, slots[:, :-K]), 1), pos, mask)                                        # (B, S, width)
     h = torch.cat((h[:, P - 1:P].expand(-1, K, -1), h[:, P:]), 1)              # the last prompt token predicts each y_1
-    logits = model.lm_head(h).float()                                                                  # (B, T * K, V)
-    return -F.cross_entropy(logits.transpose(1, 2), slots, reduction="none").view(B, T, K).transpose(1, 2)
+
+    def nll(h, target):
+        return F.cross_entropy(model.lm_head(h).float(), target, reduction="none")
+
+    at_once = max(1, 2**24 // model.config.vocab)           # 64 MB of logits, made again in the backward, not B*T*K*V
+    parts = list(zip(h.flatten(0, 1).split(at_once), slots.flatten().split(at_once)))
+    parts = [nll(*part) if len(parts) == 1 else checkpoint(nll, *part, use_reentrant=False) for part in parts]
+    return -torch.cat(parts).view(B, T, K).transpose(1, 2)
 
 
-def score(task, enc, items, y):
+def score(task, enc, end, items, y):
     """Scores (B, K) on the CPU. A completion cut off before its end token has not answered: 0."""
-    end = enc.n_vocab - 1
-
     def one(key, ids):
-        return task.check(key, enc.decode(ids[:ids.index(end)])) if end in ids else 0.0
+        try:
+            return task.check(key, enc.decode(ids[:ids.index(end)]))
+        except (ValueError, KeyError):                     # no end; an id of the padded vocabulary that no text has
+            return 0.0
 
     return torch.tensor([[one(key, ids) for ids in candidates] for (_, key), candidates in zip(items, y.tolist())],
                         dtype=torch.float32)
@@ -404,23 +459,31 @@ class Trainer:
 
     def __init__(self, c):
         self.c, self.task, self.device = c, TASKS[c.task], pick_device(c.device)
-        self.enc = make_encoding(self.task)
-        self.end = self.enc.n_vocab - 1
         self.loss, self.grouped, self.at_rest = algorithms(c)[c.algo.split(":")[0]]
         torch.manual_seed(c.seed)
-        self.model = GPT(ModelConfig(self.enc.n_vocab, c.width, c.layers, c.heads, c.kv_heads, c.width // c.heads,
-                                     hidden=8 * math.ceil(c.width / 3))).to(self.device)
+        if c.init_from:
+            self.enc, self.end, self.encode = read_tokenizer(Path(c.init_from))
+            self.model = read_model(Path(c.init_from))
+        else:
+            self.enc = make_encoding(self.task)
+            self.end, self.encode = self.enc.n_vocab - 1, partial(encode, self.enc)
+            self.model = GPT(ModelConfig(self.enc.n_vocab, c.width, c.layers, c.heads, c.kv_heads, c.width // c.heads,
+                                         hidden=8 * math.ceil(c.width / 3)))
+        if c.lora_rank:
+            add_lora(self.model, c.lora_rank)
+        self.model.to(self.device).recompute = c.recompute
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.token_logp = torch.compile(token_logp) if c.compile else token_logp
+        self.share = c.candidates if c.max_new_tokens <= 32 else 1     # completions of a prompt in one row: see `layout`
         self.optimizer = self.adamw(c.lr)
         self.rng, self.generator = random.Random(c.seed), torch.Generator(self.device).manual_seed(c.seed)
-        self.exam = exam(self.task, c.eval_set)
-        self.exam_prompts = encode_prompts(self.enc, self.exam, self.device)
+        self.exam = exam(self.task, c.eval_set, c.eval_puzzles)
         self.step, self.seconds = 0, 0.0                                     # updates done, time spent on them
         self.records, self.recent = [{"kind": "config", **asdict(c)}], []   # the log; metrics since the last evaluation
         self.tally = dict.fromkeys(("sample_tokens", "sample_seconds", "train_tokens", "train_seconds"), 0.0)
 
     def adamw(self, lr):
-        return torch.optim.AdamW(self.model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        return torch.optim.AdamW(self.trained, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
@@ -428,48 +491,73 @@ class Trainer:
     def update(self):
         """sample -> score -> target -> fit, once. Returns the metrics. A non-finite step is a FloatingPointError."""
         c, begun = self.c, time.time()
-        items = puzzles(self.task, self.rng, c.prompts, "train")
-        tokens, valid = encode_prompts(self.enc, items, self.device)
+        B, K = c.prompts, c.candidates
+        b, n = B // RANKS, K // self.share                              # this rank's prompts, rows that each of them has
+        items = puzzles(self.task, self.rng, B, "train")[RANK * b:RANK * b + b]           # whole groups to each rank
+        tokens, valid = encode_prompts(self.encode, items, self.device)
         with self.autocast():
-            y, real, logp = sample(self.model, tokens, valid, c.candidates, c.max_new_tokens, self.end, self.generator)
-        R = score(self.task, self.enc, items, y)                                                       # (B, K)
-        informative, R = (standardize(R) != 0).any(-1).to(self.device), R.to(self.device)              # (B,), (B, K)
-        metrics = diagnose(logp, real, y == self.end, R, c)
-        sampled, sampled_tokens = time.time(), int(real.sum())
+            y, real, logp = sample(self.model, tokens, valid, K, c.max_new_tokens, self.end, self.generator,
+                                   share=self.share, shard=(RANK, RANKS))
+        R = gather(score(self.task, self.enc, self.end, items, y).to(self.device))                     # (B, K)
+        informative = (standardize(R) != 0).any(-1)                                                    # (B,)
+        all_real, logp, ended = gather(real), gather(logp), gather((y == self.end).any(-1))
+        metrics = diagnose(self.total(logp, all_real), logp, all_real, ended, R, c)
+        sampled, sampled_tokens = time.time(), int(all_real.sum())
 
-        T, trained_tokens = int(real.sum(-1).max()), 0
-        y, real = y[..., :T], real[..., :T]
-        logp_old = torch.zeros_like(real, dtype=torch.float32)  # not the sampler's: its bf16 differs, and p != p_old
-        metrics["grad_norm"] = logp_old.sum()                                   # of the first epoch; 0 if there is none
+        T, trained_tokens = int(all_real.sum(-1).max()), 0
+        y, real, all_real = y[..., :T].reshape(b * n, -1, T), real[..., :T].reshape(b * n, -1, T), all_real[..., :T]
+        tokens, valid = tokens.repeat_interleave(n, 0), valid.repeat_interleave(n, 0)                  # (b * n, P)
+        lengths = real.sum(-1).amax(-1)                                                                # (b * n,)
+        metrics["grad_norm"] = R.new_zeros(())                                  # of the first epoch; 0 if there is none
 
         def log_policy(rows):
+            t = int(lengths[rows].max())
             with self.autocast():
-                return self.token_logp(self.model, tokens[rows], valid[rows], y[rows]).masked_fill(~real[rows], 0)
+                logp = self.token_logp(self.model, tokens[rows], valid[rows], y[rows, :, :t])
+            return F.pad(logp, (0, T - t)).masked_fill(~real[rows], 0)                                 # (rows, share, T)
+
+        def micro_batches(chosen):
+            """The chosen rows (b * n,), longest first, in parts of at most --micro-tokens tokens each."""
+            rows = lengths.masked_fill(~chosen, -1).argsort(descending=True, stable=True)[:chosen.sum()]
+            return rows.split(max(1, c.micro_tokens // (tokens.shape[1] + self.share * T))) if len(rows) else ()
 
         self.optimizer.param_groups[0]["lr"] = c.lr * warmup(self.step) * (1 - self.step / c.steps)
         for epoch in range(c.epochs if not self.at_rest or informative.any() else 0):
             # a group without gradient is left out: AdamW would make a step of its rounding error
-            rows = informative if self.at_rest and epoch == 0 else torch.ones_like(informative)         # (B,)
-            logp = log_policy(rows)                                                                     # (rows, K, T)
+            groups = informative if self.at_rest and epoch == 0 else torch.ones_like(informative)       # (B,)
+            chosen = groups[RANK * b:RANK * b + b].repeat_interleave(n)                                # (b * n,)
+            logp, parts = torch.zeros(real.shape, device=self.device), micro_batches(chosen)
+            with torch.set_grad_enabled(len(parts) == 1):
+                outs = [log_policy(rows) for rows in parts]
+            with torch.no_grad():
+                for rows, out in zip(parts, outs):
+                    logp[rows] = out
+                if epoch == 0 and c.epochs > 1:
+                    for rows in micro_batches(~chosen):
+                        logp[rows] = log_policy(rows)
+            logp = gather(logp.view(b, K, T)).requires_grad_()                                         # (B, K, T)
             if epoch == 0:
-                logp_old[rows] = logp.detach()
-                if c.epochs > 1 and not rows.all():
-                    with torch.no_grad():
-                        logp_old[~rows] = log_policy(~rows)
-            if self.grouped:
-                loss = self.loss(logp.sum(-1), logp_old[rows].sum(-1), R[rows])      # builds q; logp_old and R keep it
+                logp_old = logp.detach()             # not the sampler's: in bf16 it differs, and p != p_old
+            old, r, seen = logp_old[groups], R[groups], all_real[groups]
+            if self.grouped:                                             # builds q; logp_old and R keep it
+                loss = self.loss(self.total(logp[groups], seen), self.total(old, seen), r)
             else:
-                loss = self.loss(logp, logp_old[rows], R[rows], mask=real[rows])
-            loss = loss * rows.float().mean()                            # groups left out count in the mean over groups
+                loss = self.loss(logp[groups], old, r, mask=seen)
+            loss = loss * groups.float().mean()                          # groups left out count in the mean over groups
             loss.backward()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+            slope = logp.grad.view(RANKS, b * n, self.share, T)[RANK]      # dL/dlogp: exact however the rows are split
+            for i, rows in enumerate(parts):
+                if len(parts) == 1 or slope[rows].any():                 # a row of zero weight needs no backward
+                    (outs[0] if len(parts) == 1 else log_policy(rows)).backward(slope[rows])
+            self.add_gradients()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained])
             if not (loss + norm).isfinite():
                 raise FloatingPointError(f"loss {loss:g}, gradient norm {norm:g} at update {self.step}, epoch {epoch}")
             if epoch == 0:
                 metrics["grad_norm"] = norm
             self.optimizer.step()
             self.optimizer.zero_grad()
-            trained_tokens += int(valid[rows].sum() + real[rows].sum())
+            trained_tokens += int(valid[chosen][::n].sum() + real[chosen].sum()) * RANKS
 
         metrics = dict(zip(metrics, (round(x, 5) for x in torch.stack(list(metrics.values())).tolist())))
         for name, amount in dict(sample_tokens=sampled_tokens, sample_seconds=sampled - begun,
@@ -478,19 +566,35 @@ class Trainer:
             self.tally[name] += amount
         return metrics
 
+    def total(self, logp, real):
+        """Log-probs (..., K) of whole completions, or with --length-normalize their means over tokens."""
+        return logp.sum(-1) / (real.sum(-1) if self.c.length_normalize else 1)
+
+    def add_gradients(self):
+        """Of all ranks: the loss is a mean over the groups of all. A rank without rows to train on adds zeros."""
+        for p in self.trained if RANKS > 1 else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            distributed.all_reduce(p.grad)
+
     def evaluate(self):
         """pass@1 on the fixed puzzles: four samples each at temperature 1, and greedy."""
-        rates = {}
+        rates, n = {}, max(1, self.c.prompts * self.c.candidates // 4)        # as many rows at once as in an update
         for name, K, greedy in (("pass1", 4, False), ("greedy", 1, True)):
-            generator = torch.Generator(self.device).manual_seed(0)
-            with self.autocast():
-                y, *_ = sample(self.model, *self.exam_prompts, K, self.c.max_new_tokens, self.end, generator, greedy)
-            rates[name] = (score(self.task, self.enc, self.exam, y) == 1).float().mean().item()
+            generator, right = torch.Generator(self.device).manual_seed(0), []
+            for i in range(0, len(self.exam), n):
+                items = self.exam[i:i + n]
+                with self.autocast():
+                    y, *_ = sample(self.model, *encode_prompts(self.encode, items, self.device), K,
+                                   self.c.max_new_tokens, self.end, generator, greedy, min(K, self.share))
+                right.append((score(self.task, self.enc, self.end, items, y) == 1).float())
+            rates[name] = torch.cat(right).mean().item()
         return rates
 
     def warm_start(self, folder, stop):
         """Supervised steps on random answers: they teach the form, nothing of the solution. Cached for other runs."""
         c, begun = self.c, time.time()
+        if not c.warm_steps:
+            return
         made_by = (c.layers, c.width, c.heads, c.kv_heads, c.warm_steps, self.device, Path(__file__).read_text())
         path = folder / f"warm-{c.task}-{c.seed}-{zlib.crc32(repr(made_by).encode()):08x}.pt"  # edited code: a new file
         if path.exists():
@@ -503,8 +607,8 @@ class Trainer:
             if stop:
                 fail("stopped in the warm start: there is nothing to resume yet", 130)
             items = puzzles(self.task, rng, 64, "train")
-            tokens, valid = encode_prompts(self.enc, items, self.device)
-            answers = [encode(self.enc, self.task.guess(rng, key)) + [self.end] for _, key in items]
+            tokens, valid = encode_prompts(self.encode, items, self.device)
+            answers = [self.encode(self.task.guess(rng, key)) + [self.end] for _, key in items]
             T = max(map(len, answers))
             y = torch.tensor([[a + [self.end] * (T - len(a))] for a in answers], device=self.device)   # (64, 1, T)
             optimizer.param_groups[0]["lr"] = 2e-3 * warmup(step)
@@ -519,8 +623,11 @@ class Trainer:
     def state(self):
         return dict(config=asdict(self.c), device=self.device.type, step=self.step, seconds=self.seconds,
                     records=self.records, recent=self.recent, tally=self.tally, rng=self.rng.getstate(),
-                    generator=self.generator.get_state(), model=self.model.state_dict(),
+                    generator=self.generator.get_state(), model=self.trained_state(),
                     optimizer=self.optimizer.state_dict())
+
+    def trained_state(self):
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def restore(self, path):
         saved = load(path)
@@ -530,7 +637,7 @@ class Trainer:
             was = saved["device"] if name == "device" else saved["config"].get(name)
             if name not in ("resume", "plot", "out", "compile") and was != value:
                 fail(f"{flag_name(name)} {value}: --resume needs {was} as in {path}")
-        self.model.load_state_dict(saved["model"])
+        self.model.load_state_dict(saved["model"], strict=False)                  # what was not trained is not in it
         self.optimizer.load_state_dict(saved["optimizer"])
         self.rng.setstate(saved["rng"])
         self.generator.set_state(saved["generator"])
@@ -539,13 +646,23 @@ class Trainer:
 
     def run(self, folder, warm_folder):
         """Warm start or resume, then updates, with a checkpoint and an evaluation every eval_every. Returns the log."""
-        c, path, stop = self.c, folder / "checkpoint.pt", []
+        stop = []
 
         def ask_to_stop(signum, _):
             stop.append(signum)
             signal.signal(signum, signal.SIG_DFL)                               # the second Ctrl-C does not wait
 
         handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return self.learn(folder, warm_folder, stop)
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+
+    def learn(self, folder, warm_folder, stop):
+        c, path = self.c, folder / "checkpoint.pt"
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)                    # of this run, not of those before it
         if c.resume and path.exists():
             self.restore(path)
         else:
@@ -556,9 +673,10 @@ class Trainer:
         while True:
             self.seconds = time.time() - begun
             due = self.step % c.eval_every == 0 or self.step == c.steps
-            if due or stop:
+            stopped = bool(gather(torch.tensor([len(stop)], device=self.device)).any())          # one signal stops all
+            if due or stopped:
                 write(path, self.state())                       # before the evaluation, which a resumed run does again
-            if stop:
+            if stopped:
                 fail(f"stopped after {self.step} updates; --resume continues from {path}", 130)
             if due:
                 names = self.recent[0] if self.recent else ()                             # none before the first update
@@ -588,10 +706,11 @@ class Trainer:
                                  sample_tok_s=self.rate("sample"), train_tok_s=self.rate("train"),
                                  peak_mb=peak_mb(self.device)))
         self.write_log(folder)
-        print(f"{c.algo} took {c.task} from {before:.1%} to {after:.1%} pass@1 (greedy {greedy:.1%}) on "
+        print(f"{label(asdict(c))} took {c.task} from {before:.1%} to {after:.1%} pass@1 (greedy {greedy:.1%}) on "
               f"{len(self.exam)} {c.eval_set} puzzles in {c.steps} updates and {seconds:.0f} s, warm start included")
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
+        if c.export:
+            export_model(merge_lora(self.model) if c.lora_rank else self.model, Path(c.export), c.init_from)
+            print(f"wrote the model to {c.export}")
         if stop:
             fail("stopped after the last update; the run is complete", 130)
         return self.records
@@ -608,14 +727,13 @@ def warmup(step):
 
 
 @torch.no_grad()
-def diagnose(logp, real, ends, R, c):
+def diagnose(logp_old, logp, real, ended, R, c):
     """How far q asks the policy to move, and the anchor's health: what to look at before believing that TPO learns."""
-    logp_old = logp.sum(-1)                                                                            # (B, K)
     q, anchor = tpo_target(logp_old, R, c.eta, c.anchor), (c.anchor * logp_old).softmax(-1)            # (B, K)
     shift = (q - anchor).abs().sum(-1)                                                                 # (B,)
     return dict(reward=R.mean(), kl=torch.xlogy(q, q / anchor.clamp(min=1e-38)).sum(-1).mean(),
                 informative=(standardize(R) != 0).any(-1).float().mean(), entropy=-logp.sum() / real.sum(),
-                unfinished=1 - ends.any(-1).float().mean(), anchor_max=anchor.amax(-1).mean(),
+                unfinished=1 - ended.float().mean(), anchor_max=anchor.amax(-1).mean(),
                 anchor_size=(1 / anchor.square().sum(-1)).mean(), anchor_shift=shift.mean(),
                 anchor_dead=(shift < 1e-3).float().mean())
 
@@ -637,6 +755,8 @@ def fail(message, status=2):
 
 def write(path, value):
     """A str, or anything torch.save takes: written beside path, flushed to disk, renamed. Never half a file at path."""
+    if RANK:                                                                                 # the first process writes
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")                  # two runs may share a warm start
     try:
         with temporary.open("wb") as f:
@@ -668,7 +788,9 @@ def peak_mb(device):
 
 
 def pick_device(name):
-    if name == "auto":
+    if name == "auto" and RANKS > 1 and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     reason = "not a device"
     if name.split(":")[0] in ("cpu", "cuda", "mps"):
@@ -700,7 +822,7 @@ def parse(argv):
         fail(f"{unknown[0]} is not a flag; the flags are {' '.join(flag_name(f.name) for f in fields(Config))}")
     if given.task not in TASKS:
         fail(f"--task {given.task}: allowed are {', '.join(TASKS)}")
-    parser.set_defaults(**TASKS[given.task].defaults)
+    parser.set_defaults(**(PRETRAINED if given.init_from else {}) | TASKS[given.task].defaults)
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -710,9 +832,11 @@ def validate(c):
     rules = [("algo", name in known, ", ".join(known)),
              ("eval_set", c.eval_set in ("heldout", "test"), "heldout, test"),
              *((f, getattr(c, f) >= 1, "1 or more") for f in ("steps", "prompts", "candidates", "epochs", "eval_every",
-                                                              "max_new_tokens", "layers", "width", "heads",
-                                                              "kv_heads")),
-             ("warm_steps", c.warm_steps >= 0, "0 or more"),
+                                                              "eval_puzzles", "max_new_tokens", "layers", "width",
+                                                              "heads", "kv_heads", "micro_tokens")),
+             ("warm_steps", c.warm_steps == 0 or c.warm_steps > 0 and not c.init_from, "0 or more, with --init-from 0"),
+             ("lora_rank", c.lora_rank >= 0, "0 or more"),
+             ("prompts", c.prompts % RANKS == 0, f"multiples of the {RANKS} processes"),
              ("seed", 0 <= c.seed < 2**63, "0 to 2^63 - 1"),
              ("anchor", 0 <= c.anchor < math.inf, "finite numbers from 0"),
              ("lr", 0 < c.lr < math.inf, "finite numbers above 0"),
@@ -777,12 +901,16 @@ def compare(logs):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    if RANK:
+        sys.stdout = open(os.devnull, "w")                                                   # the first process speaks
     if parse(argv).plot:
         try:
             import matplotlib.pyplot as plt
         except ImportError:
             fail("--plot needs matplotlib: pip install matplotlib")
     runs = plan(argv)
+    if RANKS > 1:
+        distributed.init_process_group("nccl" if pick_device(runs[0][0].device).type == "cuda" else "gloo")
     logs = [Trainer(c).run(folder, warm_folder) for c, folder, warm_folder in runs]
     if len(logs) > 1:
         compare(logs)

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import re
 import runpy
@@ -459,6 +460,86 @@ def test_shared_prompt_and_cache_give_the_plain_log_probs(kw):
         assert (cached[b, k, n:] == 0).all()
 
 
+@pytest.mark.parametrize("share", [1, 2])
+def test_rows_of_few_completions_and_a_shrinking_batch_give_the_plain_log_probs(share):
+    """50 tokens, so that rows whose completions have ended are dropped on the way."""
+    torch.manual_seed(1)
+    model, prompts = llm_rlvr.GPT(llm_rlvr.ModelConfig(8, 32, 2, 4, 2, 8, 48)), [[3, 1, 4, 1, 5], [6, 2], [6, 5, 3, 5]]
+    sizes, block = [], model.model["layers"][0]
+    block.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
+    tokens = torch.tensor([[0] * (5 - len(p)) + p for p in prompts])
+    valid = torch.tensor([[False] * (5 - len(p)) + [True] * len(p) for p in prompts])
+    y, real, cached = llm_rlvr.sample(model, tokens, valid, 4, 50, 7, torch.Generator().manual_seed(0), share=share)
+    assert sizes[0] == 3 and sizes[1] == 12 // share > sizes[-1] > 0
+    rows = [x.repeat_interleave(4 // share, 0) for x in (tokens, valid)]
+    logp = llm_rlvr.token_logp(model, *rows, y.view(-1, share, 50)).reshape(3, 4, 50).masked_fill(~real, 0)
+    torch.testing.assert_close(logp, cached, atol=1e-5, rtol=1e-5)
+    expected = plain_logp(model, prompts[1], y[1, 3].tolist())
+    torch.testing.assert_close(logp[1, 3], expected.masked_fill(~real[1, 3], 0), atol=1e-5, rtol=1e-5)
+    assert (real.sum(-1) == 50).any() or real.sum(-1).max() > 16
+    short, longer, _ = llm_rlvr.sample(model, tokens, valid, 2, 50, 7, None, greedy=True, share=1)
+    once, real_once, _ = llm_rlvr.sample(model, tokens, valid, 2, 50, 7, None, greedy=True)
+    assert torch.equal(longer, real_once) and torch.equal(short[longer], once[longer])
+
+
+@pytest.mark.parametrize("algo", ["tpo", "grpo", "pg", "dapo"])
+@pytest.mark.parametrize("flags", [["--micro-tokens", "40"], ["--micro-tokens", "200"], ["--recompute"]], ids=" ".join)
+def test_micro_batches_and_recomputing_give_the_same_update(algo, flags, monkeypatch):
+    """Groups are split over micro-batches, over two epochs; scores are fixed, one group has equal ones."""
+    scores = torch.randint(0, 2, (6, 4), generator=torch.Generator().manual_seed(0)).float()
+    scores[2] = 0
+    monkeypatch.setattr(llm_rlvr, "score", lambda *a: scores)
+
+    def after(*flags):
+        t = llm_rlvr.Trainer(llm_rlvr.parse([*TINY, "--algo", algo, "--epochs", "2", "--max-new-tokens", "40", *flags]))
+        t.end, t.optimizer = -1, torch.optim.SGD(t.model.parameters(), 1.0)        # no end: all completions have 40 tokens
+        t.c = llm_rlvr.parse([*TINY, "--algo", algo, "--epochs", "2", "--max-new-tokens", "40", "--lr", "0.01", *flags])
+        calls = []
+        t.token_logp = lambda *a: (calls.append(len(a[1])), llm_rlvr.token_logp(*a))[1]
+        t.model.model["embed_tokens"].weight.data *= 0.5
+        t.update()
+        return calls, torch.cat([p.detach().flatten() for p in t.model.parameters()])
+
+    (calls, split), (one, whole) = after(*flags), after()
+    assert len(one) <= 3 and (len(calls) > 3 or flags == ["--recompute"])
+    torch.testing.assert_close(split, whole, atol=1e-6, rtol=1e-4)
+
+
+def test_large_vocabulary_in_chunks(monkeypatch):
+    model = tiny_model(vocab=50)
+    tokens, y = torch.tensor([[1, 2, 3]] * 2), torch.randint(0, 50, (2, 3, 5), generator=torch.Generator().manual_seed(0))
+
+    def results():
+        model.zero_grad()
+        logp = llm_rlvr.token_logp(model, tokens, tokens > 0, y)
+        logp.square().sum().backward()
+        return [logp.detach(), *(p.grad for p in model.parameters())]
+
+    whole, max_ = results(), max
+    monkeypatch.setattr(llm_rlvr, "max", lambda *a: 7 if a == (1, 2**24 // 50) else max_(*a), raising=False)
+    heads = []
+    model.lm_head.register_forward_hook(lambda *a: heads.append(a[2].shape[0]))
+    torch.testing.assert_close(results(), whole, atol=1e-6, rtol=1e-5)
+    assert max(heads) == 7
+
+
+def test_two_processes_are_one_with_the_same_batch(tmp_path):
+    """Whole groups to each rank: the same samples, losses and weights up to rounding."""
+    words = ["llm_rlvr.py", *TINY, "--algo", "grpo", "--steps", "3", "--eval-every", "3", "--eval-puzzles", "8",
+             "--warm-steps", "2", "--max-new-tokens", "40", "--micro-tokens", "500", "--out"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"])):
+        done = subprocess.run([sys.executable, *launcher, *words, str(tmp_path / name)], env=env, capture_output=True,
+                              text=True, cwd=Path(__file__).parent)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("took graph_color") == 1
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("one", "two"))
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+    for a, b in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        if a["kind"] == "update":
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
 def test_end_token_counts_and_padding_does_not():
     model, tokens = tiny_model(), torch.tensor([[1, 2, 3]] * 8)
     y, real, _ = llm_rlvr.sample(model, tokens, torch.ones_like(tokens, dtype=torch.bool), 16, 8, 19, torch.Generator().manual_seed(0))
@@ -515,11 +596,11 @@ PARTS = {"knights_knaves": lambda text: tuple(frozenset(re.findall(r"(\w) is a (
 def test_evaluation_puzzles_are_in_no_other_split_under_any_spelling(name):
     """Puzzles compared as sets of what they say: edges or terms in another order are the same puzzle."""
     task, same = llm_rlvr.TASKS[name], PARTS[name]
-    heldout, test = ([same(text) for text, _ in llm_rlvr.exam(task, split)] for split in ("heldout", "test"))
+    heldout, test = ([same(text) for text, _ in llm_rlvr.exam(task, split, 256)] for split in ("heldout", "test"))
     train = {same(text) for text, _ in llm_rlvr.puzzles(task, random.Random(1), 2000, "train")}
     assert len(set(heldout)) == len(heldout) > 200 and len(set(test)) == len(test) > 200
     assert not train & set(heldout) and not train & set(test) and not set(heldout) & set(test)
-    assert len(train) > 900 and llm_rlvr.exam(task, "test") == llm_rlvr.exam.__wrapped__(task, "test")
+    assert len(train) > 900 and llm_rlvr.exam(task, "test", 256) == llm_rlvr.exam.__wrapped__(task, "test", 256)
 
 
 def test_knights_knaves_solutions_are_unique_and_right():
@@ -553,8 +634,8 @@ def test_unfinished_completion_scores_zero():
     task = llm_rlvr.TASKS["addition"]
     enc = llm_rlvr.make_encoding(task)
     y = torch.tensor([[enc.encode_ordinary("42") + [enc.n_vocab - 1], enc.encode_ordinary("421")]])
-    assert llm_rlvr.score(task, enc, [("40+2=", "42")], y).tolist() == [[1, 0]]
-    assert llm_rlvr.score(task, enc, [("40+381=", "421")], y).tolist() == [[0, 0]]
+    assert llm_rlvr.score(task, enc, enc.n_vocab - 1, [("40+2=", "42")], y).tolist() == [[1, 0]]
+    assert llm_rlvr.score(task, enc, enc.n_vocab - 1, [("40+381=", "421")], y).tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("algo", [name for name, (*_, rests) in llm_rlvr.algorithms(llm_rlvr.Config()).items() if rests])
@@ -594,7 +675,7 @@ def test_update_trains_the_end_token_and_nothing_behind_it(monkeypatch):
         y[:, :, 4] = t.end
         change(y, t.end)
         real = llm_rlvr.up_to_end(y, t.end)
-        monkeypatch.setattr(llm_rlvr, "sample", lambda *a: (y, real, torch.zeros(6, 4, 7)))
+        monkeypatch.setattr(llm_rlvr, "sample", lambda *a, **kw: (y, real, torch.zeros(6, 4, 7)))
         monkeypatch.setattr(llm_rlvr, "score", lambda *a: torch.eye(4)[[0, 1, 2, 3, 0, 1]])
         t.optimizer = torch.optim.SGD(t.model.parameters(), 1.0)
         t.update()
@@ -603,11 +684,16 @@ def test_update_trains_the_end_token_and_nothing_behind_it(monkeypatch):
     plain = gradients(lambda y, end: None)
     assert torch.equal(plain, gradients(lambda y, end: y[:, :, 5:].fill_(0)))
     weight = {}                               # the gradient with respect to the log-prob of the end token is p - q
-    monkeypatch.setattr(llm_rlvr, "token_logp", lambda *a, real=llm_rlvr.token_logp: weight.setdefault("logp", real(*a)))
-    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: [weight["logp"].retain_grad(), torch.autograd.backward(loss)])
+
+    def watched(*args, real=llm_rlvr.token_logp):
+        logp = real(*args)
+        logp.register_hook(lambda g: weight.update(logp=g))
+        return logp
+
+    monkeypatch.setattr(llm_rlvr, "token_logp", watched)
     gradients(lambda y, end: None)
-    g = weight["logp"].grad
-    assert (g[:, :, 4] != 0).all() and torch.equal(g[:, :, 4], g[:, :, 0]) and (g[:, :, 5:] == 0).all()
+    g = weight["logp"]
+    assert g.shape[2] == 5 and (g[:, :, 4] != 0).all() and torch.equal(g[:, :, 4], g[:, :, 0])
 
 
 def test_user_task_in_a_few_lines(tmp_path, monkeypatch, capsys):
