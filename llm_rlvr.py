@@ -48,8 +48,8 @@ class Config:
     algo: str = flag("tpo", "tpo, tpo_no_anchor, group_pg, grpo, grpo_no_kl, grpo_masked, rloo, maxrl, rebel, oapl, "
                             "pg, ppo, dg, kondo, dr_grpo, dapo, gspo, cispo, or a comma list; NAME:FLAG=VALUE:... "
                             "sets flags for that run alone")
-    task: str = flag("graph_color", "graph_color, knights_knaves or addition; with --init-from also gsm8k, jsonl (your own "
-                                    "lines) or rg:NAME (any dataset of Reasoning Gym)")
+    task: str = flag("graph_color", "graph_color, knights_knaves or addition; with --init-from also gsm8k, jsonl "
+                                    "(your own lines) or rg:NAME (a dataset of Reasoning Gym)")
     data: str = flag("", "folder of train.jsonl and test.jsonl (gsm8k), or the .jsonl file (jsonl)")
     shots: int = flag(0, "solved training examples before each gsm8k question, for models without a chat template")
     init_from: str = flag("", "folder of a pretrained Llama, Qwen2 or Qwen3 checkpoint; without it a small GPT from "
@@ -165,7 +165,7 @@ MARK = r"####|\\boxed\{|answer(?: is|\W{0,2}:)"
 
 
 def final_number(text):
-    r"""The number after the last ####, \boxed{, "answer is" or "answer:", else the last in the text; None without one."""
+    r"""The number after the last ####, \boxed{, "answer is" or "answer:", else the text's last; None without one."""
     text = text.replace("{,}", ",")                                                  # LaTeX writes 1{,}080
     *before, tail = re.split(MARK, text, flags=re.IGNORECASE)
     numbers = before and re.findall(NUMBER, tail)[:1] or re.findall(NUMBER, text)[-1:]
@@ -173,7 +173,7 @@ def final_number(text):
 
 
 def final_line(text):
-    return (text.strip().splitlines() or [""])[-1].casefold().removeprefix("answer:").strip()
+    return (text.strip().splitlines() or [""])[-1].strip().casefold().removeprefix("answer:").strip()
 
 
 def read_jsonl(path, name, wanted, form):
@@ -188,7 +188,7 @@ def read_jsonl(path, name, wanted, form):
             row = json.loads(line)
             text, answer = row[name], row["answer"]
             fine = text.encode().strip() and type(answer) in (str, int, float) and re.search(wanted, str(answer))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no JSON, object, field, str; too deep
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):           # of JSON, field or type
             fine = False
         if fine:
             found[text] = str(answer)
@@ -198,7 +198,9 @@ def read_jsonl(path, name, wanted, form):
         print(f'{path}:{number}: not {{"{name}": text, "answer": {form}}}', file=sys.stderr)
     if bad:
         print(f"{path}: left out {len(bad)} of {len(lines)} lines", file=sys.stderr)
-    return found or fail(f'--data {path}: has no line {{"{name}": text, "answer": {form}}}')
+    if not found:
+        fail(f'--data {path}: has no line {{"{name}": text, "answer": {form}}}')
+    return found
 
 
 class Gsm8k:
@@ -210,7 +212,7 @@ class Gsm8k:
             fail(f"--shots {shots}: allowed are 0 or more")
         train, test = (read_jsonl(Path(folder) / name, "question", r"####\s*" + NUMBER, "text with #### number")
                        for name in ("train.jsonl", "test.jsonl"))
-        part = {q: "heldout" if zlib.crc32(q.encode()) % 10 == 0 else "train" for q in train}
+        part = {q: "heldout" if hash_split(q) == "heldout" else "train" for q in train}
         part.update(dict.fromkeys(test, "test"))
         ask, solved = "Question: {}\nAnswer:".format, [q for q in part if part[q] == "train"][:shots]
         self.head = 'Think step by step and end with "The answer is N."\n\n'
@@ -233,7 +235,7 @@ class Gsm8k:
 
 
 class Jsonl:
-    """Your own lines {"prompt": text, "answer": text or number}: numbers are compared as in gsm8k, else the last line."""
+    """Your own lines {"prompt": text, "answer": text or number}: numbers compare as in gsm8k, else the last line."""
     defaults = PRETRAINED
 
     def __init__(self, path):
@@ -248,7 +250,7 @@ class Jsonl:
 
 
 class ReasoningGym:
-    """A dataset of Reasoning Gym (arXiv 2505.24760) with its own prompts and scores; entry i is made from seed 0 + i."""
+    """A dataset of Reasoning Gym (arXiv 2505.24760), its prompts and scores. Entry i is made from seed 0 + i."""
     defaults = PRETRAINED
 
     def __init__(self, name):
@@ -256,7 +258,7 @@ class ReasoningGym:
             import reasoning_gym
         except ImportError:
             fail(f"--task rg:{name} needs reasoning-gym: pip install reasoning-gym")
-        self.size = 20_000 if name in ("acre", "word_ladder") else 10**6          # one is made whole, one has this limit
+        self.size = 20_000 if name in ("acre", "word_ladder") else 10**6         # one is made whole, one has this limit
         try:
             self.data = reasoning_gym.create_dataset(name, seed=0, size=self.size)
         except (ValueError, AssertionError) as error:
@@ -887,8 +889,8 @@ def plan(argv):
                 fail(f"--algo {entry}: allowed behind a name are FLAG=VALUE, the flags being {', '.join(own)}")
         c = parse([*argv, *(f"{flag_name(name)}={value}" for name, _, value in changes), "--algo", entry])
         validate(c)
-        label = entry.replace(":", "-")
-        folder = Path(c.out.replace("{task}", c.task.replace(":", "-")).replace("{algo}", label).replace("{seed}", str(c.seed)))
+        label, task = entry.replace(":", "-"), c.task.replace(":", "-")
+        folder = Path(c.out.replace("{task}", task).replace("{algo}", label).replace("{seed}", str(c.seed)))
         warm_folder = folder.parent if "{algo}" in c.out else folder
         if "{algo}" not in c.out and len(entries) > 1:                               # one --out for several: subfolders
             folder = folder / label
