@@ -23,6 +23,7 @@ import tempfile
 import time
 import zlib
 from dataclasses import asdict, dataclass, field, fields
+from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
@@ -43,7 +44,7 @@ def flag(default, help):
     return field(default=default, metadata={"help": help})
 
 
-# defaults with --init-from; alpha: see results/long_completions.md
+# defaults with --init-from: batch and learning rate are the paper's; alpha: see results/long_completions.md
 PRETRAINED = dict(steps=100, prompts=16, epochs=1, lr=1e-5, anchor=0.0, eval_every=10, eval_puzzles=64, max_new_tokens=256,
                   warm_steps=0, micro_tokens=2048)
 
@@ -53,7 +54,12 @@ class Config:
     algo: str = flag("tpo", "tpo, tpo_no_anchor, group_pg, grpo, grpo_no_kl, grpo_masked, rloo, maxrl, rebel, oapl, "
                             "pg, ppo, dg, kondo, dr_grpo, dapo, gspo, cispo, or a comma list; NAME:FLAG=VALUE:... "
                             "sets flags for that run alone")
-    task: str = flag("graph_color", "graph_color, knights_knaves or addition")
+    task: str = flag("graph_color", "graph_color, knights_knaves or addition; with --init-from also gsm8k, jsonl "
+                                    "(your own lines) or rg:NAME (a dataset of Reasoning Gym)")
+    data: str = flag("", "folder of train.jsonl and test.jsonl (gsm8k), or the .jsonl file (jsonl)")
+    shots: int = flag(0, "solved training examples before each gsm8k question, for models without a chat template")
+    init_from: str = flag("", "folder of a pretrained Llama, Qwen2 or Qwen3 checkpoint; without it a small GPT from "
+                              "random weights")
     steps: int = flag(750, "RL updates, one rollout batch each")
     prompts: int = flag(32, "prompts per update, B")
     candidates: int = flag(16, "completions per prompt, K")
@@ -73,8 +79,6 @@ class Config:
     width: int = flag(128, "embedding width, a multiple of 2 x heads")
     heads: int = flag(4, "query heads")
     kv_heads: int = flag(2, "key/value heads, a divisor of heads")
-    init_from: str = flag("", "folder of a pretrained Llama, Qwen2 or Qwen3 checkpoint; without it a small GPT from random "
-                              "weights")
     lora_rank: int = flag(0, "train low-rank branches of this rank instead of the weights; 0 is full training")
     micro_tokens: int = flag(8192, "tokens in one backward pass: lower it when memory runs out; the gradient stays the same")
     recompute: bool = flag(False, "keep no activations for the backward pass but those between blocks: slower, less memory")
@@ -105,6 +109,7 @@ def gather(x):
 #                                    the text decides whether it is trained or evaluated on; key is what check needs
 #   check(key, answer) -> score      1.0 is right; values in [0, 1) give partial credit
 #   guess(rng, key) -> answer        for the warm start: right in form, drawn without looking at the solution
+#   split(text) -> split             optional, where the data come with a split; by default hash_split
 class KnightsKnaves:
     """Knights tell the truth, knaves lie; who is what? Every puzzle has exactly one solution."""
     people, kinds, joints = "ABC", ("knight", "knave"), {"and": all, "or": any}
@@ -179,12 +184,147 @@ PIECE = r" ?[A-Za-z-]+|[\s\S]"          # one token: a word with the space befor
 TASKS = {"graph_color": GraphColor(), "knights_knaves": KnightsKnaves(), "addition": Addition()}
 
 
+# Tasks for pretrained models: no guess, hence no warm start.
+NUMBER = r"(?:(?<![\w)])[-−])?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"     # the minus of 5-3 is no sign
+MARK = r"####|\\boxed\{|answer(?: is|\W{0,2}:)"
+
+
+def final_number(text):
+    r"""The number after the last ####, \boxed{, "answer is" or "answer:", else the text's last; None without one."""
+    text = text.replace("{,}", ",")                                                  # LaTeX writes 1{,}080
+    *before, tail = re.split(MARK, text, flags=re.IGNORECASE)
+    numbers = before and re.findall(NUMBER, tail)[:1] or re.findall(NUMBER, text)[-1:]
+    return Decimal(re.sub("[$,]", "", numbers[0]).replace("−", "-")) if numbers else None
+
+
+def final_line(text):
+    return (text.strip().splitlines() or [""])[-1].strip().casefold().removeprefix("answer:").strip()
+
+
+def read_jsonl(path, name, wanted, form):
+    """{text: answer} of the lines {name: text, "answer": answer} of a file; the others are reported and left out."""
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        fail(f"--data {path}: cannot be read ({error.strerror})")
+    found, bad = {}, []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            text, answer = row[name], row["answer"]
+            fine = text.encode().strip() and type(answer) in (str, int, float) and re.search(wanted, str(answer))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):           # of JSON, field or type
+            fine = False
+        if fine:
+            found[text] = str(answer)
+        elif line.strip():
+            bad.append(number)
+    for number in bad[:10]:
+        print(f'{path}:{number}: not {{"{name}": text, "answer": {form}}}', file=sys.stderr)
+    if bad:
+        print(f"{path}: left out {len(bad)} of {len(lines)} lines", file=sys.stderr)
+    if not found:
+        fail(f'--data {path}: has no line {{"{name}": text, "answer": {form}}}')
+    return found
+
+
+class Gsm8k:
+    """School math in words (Cobbe et al., arXiv 2110.14168). test.jsonl is the test split, 1 of 10 others heldout."""
+    def __init__(self, folder, shots):
+        if shots < 0:
+            fail(f"--shots {shots}: allowed are 0 or more")
+        train, test = (read_jsonl(Path(folder) / name, "question", r"####\s*" + NUMBER, "text with #### number")
+                       for name in ("train.jsonl", "test.jsonl"))
+        part = {q: "heldout" if hash_split(q) == "heldout" else "train" for q in train}
+        part.update(dict.fromkeys(test, "test"))
+        ask, solved = "Question: {}\nAnswer:".format, [q for q in part if part[q] == "train"][:shots]
+        self.head = 'Think step by step and end with "The answer is N."\n\n'
+        for q in solved:
+            steps, _, n = re.sub("<<.*?>>", "", train[q]).rpartition("####")
+            self.head += f"{ask(q)} {steps.strip()}\nThe answer is {n.strip()}.\n\n"
+            del part[q]                                                          # a shot's answer is in every prompt
+        self.keys = [(ask(q), final_number(answer)) for q, answer in (train | test).items() if q in part]
+        self.part = {ask(q): split for q, split in part.items()}
+
+    def prompt(self, rng):
+        question, key = rng.choice(self.keys)
+        return self.head + question, key
+
+    def split(self, text):
+        return self.part[text.removeprefix(self.head)]
+
+    def check(self, key, answer):
+        return float(final_number(answer) == key)
+
+
+class Jsonl:
+    """Your own lines {"prompt": text, "answer": text or number}: numbers compare as in gsm8k, else the last line."""
+    def __init__(self, path):
+        self.items = list(read_jsonl(path, "prompt", r"\S", "text or number").items())
+
+    def prompt(self, rng):
+        return rng.choice(self.items)
+
+    def check(self, key, answer):
+        read = final_number if re.fullmatch(NUMBER, key.strip()) else final_line
+        return float(read(answer) == read(key))
+
+
+class ReasoningGym:
+    """A dataset of Reasoning Gym (arXiv 2505.24760), its prompts and scores. Entry i is made from seed 0 + i."""
+    def __init__(self, name):
+        try:
+            import reasoning_gym
+        except ImportError:
+            fail(f"--task rg:{name} needs reasoning-gym: pip install reasoning-gym")
+        self.size = 20_000 if name in ("acre", "word_ladder") else 10**6         # one is made whole, one has this limit
+        try:
+            self.data = reasoning_gym.create_dataset(name, seed=0, size=self.size)
+        except (ValueError, AssertionError) as error:
+            fail(f"--task rg:{name}: {error}; the keys of reasoning_gym.factory.DATASETS are allowed")
+
+    def prompt(self, rng):
+        entry = self.data[rng.randrange(self.size)]
+        return entry["question"].strip() + "\nPut the final answer inside <answer></answer>.", entry
+
+    def check(self, key, answer):
+        tagged = re.findall("<answer>(.*?)</answer>", answer, re.DOTALL)
+        try:
+            return float(self.data.score_answer((tagged or [answer])[-1].strip(), key))
+        except Exception:                                              # some raise on an answer that they cannot read
+            return 0.0
+
+
+@cache
+def load_task(task, data, shots):
+    return (Gsm8k(data, shots) if task == "gsm8k" else Jsonl(data) if task == "jsonl" else
+            ReasoningGym(task.removeprefix("rg:")))
+
+
+def find_task(c):
+    """The task that c names, always the same instance: of TASKS, or one that needs a pretrained model."""
+    if c.task in TASKS:
+        return TASKS[c.task]
+    if c.task not in ("gsm8k", "jsonl") and not c.task.startswith("rg:"):
+        fail(f"--task {c.task}: allowed are {', '.join(TASKS)}, gsm8k, jsonl, rg:NAME")
+    if not c.init_from:
+        fail(f"--task {c.task}: needs --init-from DIR")
+    if not c.data and not c.task.startswith("rg:"):
+        fail(f"--task {c.task}: needs --data {'DIR' if c.task == 'gsm8k' else 'FILE.jsonl'}")
+    return load_task(c.task, c.data, c.shots)
+
+
+def hash_split(text):
+    """By a hash of the text, 8 of 10 puzzles are in train, 1 in heldout, 1 in test."""
+    return {0: "heldout", 1: "test"}.get(zlib.crc32(text.encode()) % 10, "train")
+
+
 def puzzles(task, rng, n, split):
-    """n (text, key) pairs of a split: 8 of 10 puzzles, by a hash of the text, are in train, 1 in heldout, 1 in test."""
-    found = []
+    """n (text, key) pairs of a split: train, heldout or test."""
+    found, split_of = [], getattr(task, "split", hash_split)
     for _ in range(1000 * n):
         text, key = task.prompt(rng)
-        if {0: "heldout", 1: "test"}.get(zlib.crc32(text.encode()) % 10, "train") == split:
+        if split_of(text) == split:
             found.append((text, key))
             if len(found) == n:
                 return found
@@ -458,7 +598,7 @@ class Trainer:
     """One run: model, optimizer, random states, log. Everything a checkpoint must hold is in `state`."""
 
     def __init__(self, c):
-        self.c, self.task, self.device = c, TASKS[c.task], pick_device(c.device)
+        self.c, self.task, self.device = c, find_task(c), pick_device(c.device)
         self.loss, self.grouped, self.at_rest = algorithms(c)[c.algo.split(":")[0]]
         torch.manual_seed(c.seed)
         if c.init_from:
@@ -820,9 +960,8 @@ def parse(argv):
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         fail(f"{unknown[0]} is not a flag; the flags are {' '.join(flag_name(f.name) for f in fields(Config))}")
-    if given.task not in TASKS:
-        fail(f"--task {given.task}: allowed are {', '.join(TASKS)}")
-    parser.set_defaults(**(PRETRAINED if given.init_from else {}) | TASKS[given.task].defaults)
+    task = find_task(given)
+    parser.set_defaults(**PRETRAINED if given.init_from else task.defaults)
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -857,7 +996,7 @@ def plan(argv):
     entries, runs = shared.algo.split(","), []
     if len(set(entries)) < len(entries):
         fail(f"--algo {shared.algo}: allowed are lists without repeats")
-    shared_flags = "algo", "task", "out", "resume", "device", "compile", "plot"
+    shared_flags = "algo", "task", "data", "shots", "init_from", "out", "resume", "device", "compile", "plot"
     own = [f.name for f in fields(Config) if f.name not in shared_flags]
     for entry in entries:
         changes = [change.partition("=") for change in entry.split(":")[1:]]
@@ -866,8 +1005,8 @@ def plan(argv):
                 fail(f"--algo {entry}: allowed behind a name are FLAG=VALUE, the flags being {', '.join(own)}")
         c = parse([*argv, *(f"{flag_name(name)}={value}" for name, _, value in changes), "--algo", entry])
         validate(c)
-        label = entry.replace(":", "-")
-        folder = Path(c.out.replace("{task}", c.task).replace("{algo}", label).replace("{seed}", str(c.seed)))
+        label, task = entry.replace(":", "-"), c.task.replace(":", "-")
+        folder = Path(c.out.replace("{task}", task).replace("{algo}", label).replace("{seed}", str(c.seed)))
         warm_folder = folder.parent if "{algo}" in c.out else folder
         if "{algo}" not in c.out and len(entries) > 1:                               # one --out for several: subfolders
             folder = folder / label

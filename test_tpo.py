@@ -632,6 +632,109 @@ def test_graph_color_and_addition_checkers():
     assert llm_rlvr.TASKS["addition"].check("42", "42") == 1 and llm_rlvr.TASKS["addition"].check("42", "042") == 0
 
 
+@pytest.mark.parametrize("text, number", [
+    ("#### 18", 18), ("6 + 4 = 10, so #### 1,080", 1080), ("#### 109,200,000 people", 109_200_000), ("The answer is $18.00.", 18),
+    ("The answer is 18.", 18), ("the ANSWER IS: -3 degrees", -3), ("-$3.50", -3.5), ("$-3", -3), ("\u22127", -7), ("**Answer:** 50%", 50), ("**Answer**: 5", 5),
+    (r"\boxed{18} dollars, 3 each", 18), (r"The answer is $\boxed{1{,}080}$.", 1080), ("The answer is 5, not 7", 5), (".5", 0.5),
+    ("The answer is 3. No, wait: the answer is 4 of 9.", 4), ("12 eggs and 10-3 left", 3), ("in 2020, 5 were left", 5), ("007", 7),
+    ("The answer is 18. Is this answer: correct?", 18), ("9,87", 87), ("1" + "0" * 30, 10 ** 30), ("none", None), ("", None), ("The answer is N.", None)])
+def test_number_of_an_answer(text, number):
+    assert llm_rlvr.final_number(text) == number
+    task = llm_rlvr.Gsm8k.check
+    assert number is None or [task(None, llm_rlvr.final_number(f"#### {n}"), text) for n in (number, number + 1)] == [1, 0]
+
+
+def gsm8k_folder(folder, train=60, test=20):
+    """Lines in the form of GSM8K: a calculator mark, a thousands comma, the answer behind ####."""
+    for name, n, start in (("train", train, 0), ("test", test, 1000)):
+        lines = [{"question": f"What is {i} + 1000?", "answer": f"{i} + 1000 = <<{i}+1000={i + 1000}>>{i + 1000}\n#### {i + 1000:,}"}
+                 for i in range(start, start + n)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return ["--init-from", "checkpoint", "--task", "gsm8k", "--data", str(folder)]
+
+
+def found(argv):
+    return llm_rlvr.find_task(llm_rlvr.parse(argv))
+
+
+def prompts_of(task, split):
+    return dict(llm_rlvr.puzzles(task, random.Random(0), 400, split))
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_gsm8k_splits_shots_and_score(shots, tmp_path):
+    flags = [*gsm8k_folder(tmp_path), "--shots", str(shots)]
+    task = found(flags)
+    train, heldout, test = (prompts_of(task, split) for split in ("train", "heldout", "test"))
+    asked = [{text.split("Question: ")[-1].removesuffix("\nAnswer:") for text in part} for part in (train, heldout, test)]
+    assert asked[2] == {f"What is {i} + 1000?" for i in range(1000, 1020)}                     # test.jsonl, all of it and no more
+    assert len(asked[0]) > 4 * len(asked[1]) > 0 and len(asked[0] | asked[1]) == 60 - shots and not asked[0] & asked[1]
+    heads = {text.rpartition("Question: ")[0] for text in train | heldout | test}
+    assert len(heads) == 1 and (head := heads.pop()).startswith("Think step by step") and "<<" not in head
+    shown = re.findall(r"Question: (.*)\nAnswer: (\d+) \+ 1000 = (\d+)\nThe answer is ([\d,]+)\.\n\n", head)
+    assert len(shown) == shots == head.count("Question: ") and not {q for q, *_ in shown} & set.union(*asked)
+    assert all(int(a) + 1000 == int(b) == int(c.replace(",", "")) for _, a, b, c in shown)
+    assert all(task.check(key, f"1 and 1. The answer is {key}.") == 1 > task.check(key, "#### 1") for key in test.values())
+    assert found(flags) is task and llm_rlvr.exam(task, "test", 8) is llm_rlvr.exam(task, "test", 8)
+
+
+def test_malformed_lines_are_named_counted_and_left_out(tmp_path, capsys):
+    flags, path = gsm8k_folder(tmp_path), tmp_path / "train.jsonl"
+    bad = ["{", "[1]", "3", "{}", '{"question": 3, "answer": "#### 3"}', '{"question": " ", "answer": "#### 3"}', '{"question": "q", "answer": null}',
+           '{"question": "q", "answer": "3"}', '{"question": "q", "answer": "####"}', '{"question": "\\ud800", "answer": "#### 3"}', "\u00e9", "[" * 99_999]
+    good = path.read_text().splitlines()
+    path.write_bytes("\n".join([good[0], "", *bad, *good[1:]]).encode("latin-1"))
+    assert len(set(prompts_of(task := found(flags), "train")) | set(prompts_of(task, "heldout"))) == 60
+    err = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[0] for line in err] == [f"{path}:{n}" for n in range(3, 13)] + [str(path)]
+    assert "12 of 73 lines" in err[-1] and all("####" in line for line in err[:-1])
+
+
+def test_jsonl_scores_numbers_by_value_and_text_by_the_last_line(tmp_path):
+    path, flags = tmp_path / "mine.jsonl", ["--init-from", "checkpoint", "--task", "jsonl", "--data", str(tmp_path / "mine.jsonl")]
+    path.write_text("".join(json.dumps({"prompt": f"say {i}", "answer": i / 2 if i % 2 else "Yes, it is"}) + "\n" for i in range(100)))
+    task = found(flags)
+    parts = [prompts_of(task, split) for split in ("train", "heldout", "test")]
+    assert sum(map(len, parts)) == len(parts[0] | parts[1] | parts[2]) == 100 and all(parts)
+    assert all(llm_rlvr.hash_split(text) == "heldout" for text in parts[1])
+    key = (parts[0] | parts[1] | parts[2])["say 7"]
+    assert [task.check(key, a) for a in ("so 7/2 = 3.50.", "The answer is $3.5, not 4", "3", "", "3.5 or 4")] == [1, 1, 0, 0, 0]
+    for text, right in (("Hm.\n\n answer: yes, IT is \n\n", 1), ("yes, it is", 1), ("yes, it is\nor not", 0), ("yes", 0), ("", 0)):
+        assert task.check("Yes, it is", text) == right
+
+
+def test_reasoning_gym(capsys):
+    pytest.importorskip("reasoning_gym", reason="needs: pip install reasoning-gym")
+    task = found(["--init-from", "checkpoint", "--task", "rg:chain_sum"])
+    for text, entry in llm_rlvr.puzzles(task, random.Random(0), 20, "train"):
+        assert entry["question"] in text and "<answer>" in text and llm_rlvr.hash_split(text) == "train"
+        right = entry["answer"]
+        assert task.check(entry, f" {right}\n") == task.check(entry, f"<answer>0.5</answer> no: <answer>\n{right} </answer>.") == 1
+        assert task.check(entry, "zebra") == task.check(entry, f"{right}: <answer>zebra</answer>") == 0
+    color = found(["--init-from", "checkpoint", "--task", "rg:graph_color"])
+    text, entry = color.prompt(random.Random(0))
+    assert color.check(entry, f"<answer>{json.dumps(entry['metadata']['possible_answer'])}</answer>") == 1
+    primes = found(["--init-from", "checkpoint", "--task", "rg:prime_factorization"])       # its checker raises on what is no number
+    assert primes.check(primes.prompt(random.Random(0))[1], "zebra") == 0
+    one_line(lambda: found(["--init-from", "checkpoint", "--task", "rg:chess9"]), capsys, "--task rg:chess9 reasoning_gym.factory.DATASETS")
+
+
+def test_tasks_for_pretrained_models_name_what_is_missing(tmp_path, capsys, monkeypatch):
+    for task in ("gsm8k", "jsonl", "rg:chain_sum"):
+        one_line(lambda: found(["--task", task]), capsys, f"--task {task} --init-from")
+    init = ["--init-from", "checkpoint", "--task"]
+    for task in ("gsm8k", "jsonl"):
+        one_line(lambda: found([*init, task]), capsys, f"--task {task} --data")
+    one_line(lambda: found([*init, "jsonl", "--data", str(tmp_path)]), capsys, f"--data {tmp_path} directory")
+    one_line(lambda: found([*init, "gsm8k", "--data", str(tmp_path)]), capsys, f"--data {tmp_path / 'train.jsonl'}")
+    one_line(lambda: found([*gsm8k_folder(tmp_path), "--shots", "-1"]), capsys, "--shots -1")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    one_line(lambda: found([*init, "jsonl", "--data", str(tmp_path / "empty.jsonl")]), capsys, "--data empty.jsonl")
+    one_line(lambda: found([*init, "chess"]), capsys, "--task chess knights_knaves gsm8k jsonl rg:NAME")
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    one_line(lambda: found([*init, "rg:leg_counting"]), capsys, "--task rg:leg_counting pip install reasoning-gym")
+
+
 def test_unfinished_completion_scores_zero():
     task = llm_rlvr.TASKS["addition"]
     enc = llm_rlvr.make_encoding(task)
