@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import unicodedata
 import zlib
 from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal
@@ -472,6 +473,201 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# ----------------------------------------------------------------------------------------------- pretrained checkpoints
+FAMILIES = {"LlamaForCausalLM": dict(qkv_bias=False, qk_norm=False),                  # what sets them apart in `GPT`
+            "Qwen2ForCausalLM": dict(qkv_bias=True, qk_norm=False),
+            "Qwen3ForCausalLM": dict(qkv_bias=False, qk_norm=True)}
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"--init-from: {path} cannot be read ({getattr(error, 'strerror', None) or error})")
+
+
+def read_config(path):
+    """ModelConfig of a Hugging Face config.json."""
+    j = read_json(path)
+    family = str((j.get("architectures") or ["none"])[0])
+    if family not in FAMILIES:
+        fail(f"--init-from: {path} has the architecture {family}; allowed are {', '.join(FAMILIES)}")
+    rope = {"rope_theta": j.get("rope_theta", 10_000.0)} | (j.get("rope_parameters") or j.get("rope_scaling") or {})
+    j["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    for name, allowed in dict(rope_type="default", hidden_act="silu", attention_bias=False, mlp_bias=False,
+                              use_sliding_window=False, quantization_config=None).items():
+        if j.get(name, allowed) != allowed:
+            fail(f"--init-from: {path} has {name} {j[name]!r}; allowed is {allowed!r}")
+    try:
+        width, heads = j["hidden_size"], j["num_attention_heads"]
+        return ModelConfig(j["vocab_size"], width, j["num_hidden_layers"], heads, j.get("num_key_value_heads") or heads,
+                           j.get("head_dim") or width // heads, j["intermediate_size"], tied=j.get("tie_word_embeddings", False),
+                           theta=rope["rope_theta"], eps=j["rms_norm_eps"], **FAMILIES[family])
+    except KeyError as error:
+        fail(f"--init-from: {path} lacks {error}")
+
+
+def read_model(folder):
+    """GPT in fp32 from a Hugging Face folder: config.json and model.safetensors, or shards with their index."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        fail("--init-from needs safetensors: pip install safetensors")
+    with torch.device("meta"):                                                              # no time for random weights
+        model = GPT(read_config(folder / "config.json"))
+    index, found = folder / "model.safetensors.index.json", {}
+    for file in sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]:
+        try:
+            with safe_open(folder / file, "pt") as tensors:
+                found.update((name, tensors.get_tensor(name)) for name in tensors.keys() if "rotary_emb" not in name)
+        except (OSError, SafetensorError) as error:
+            fail(f"--init-from: {folder / file} cannot be read ({str(error).splitlines()[0]})")
+    if model.config.tied:
+        found["lm_head.weight"] = found.get("model.embed_tokens.weight", torch.empty(0))
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        x = found.get(name)
+        if x is None or tuple(x.shape) != wanted.get(name):
+            fail(f"--init-from: {folder}: {name} is {'missing' if x is None else tuple(x.shape)} in the safetensors; "
+                 f"config.json wants {wanted.get(name, 'no such tensor')}")
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not x.isfinite().all():
+            fail(f"--init-from: {folder}: {name} is {x.dtype} or not finite; allowed are finite fp32, fp16, bf16")
+    model.load_state_dict({name: x.float() for name, x in found.items()}, assign=True)
+    if model.config.tied:
+        model.lm_head.weight = model.model["embed_tokens"].weight
+    return model
+
+
+def export_model(model, folder, source):
+    """The model as transformers loads it, in fp32, with the tokenizer of the folder source if there is one."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        fail("--export needs safetensors: pip install safetensors")
+    c = model.config
+    family = next(name for name, has in FAMILIES.items() if has == dict(qkv_bias=c.qkv_bias, qk_norm=c.qk_norm))
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "config.json", json.dumps(dict(
+        architectures=[family], model_type=family.removesuffix("ForCausalLM").lower(), vocab_size=c.vocab,
+        hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads, head_dim=c.head_dim, rms_norm_eps=c.eps, hidden_act="silu",
+        rope_theta=c.theta, rope_parameters=dict(rope_type="default", rope_theta=c.theta), tie_word_embeddings=c.tied,
+        attention_bias=False, max_position_embeddings=32768, dtype="float32"), indent=2))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        if source and (Path(source) / name).exists():
+            write(folder / name, (Path(source) / name).read_text(encoding="utf-8"))
+    tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()
+               if not (c.tied and name == "lm_head.weight")}
+    if not RANK:
+        save_file(tensors, folder / "model.safetensors.tmp", {"format": "pt"})
+        os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+
+
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_DIGITS = r"\s+(?=\p{N})|\p{N}|" + GPT2                         # SmolLM2: each digit alone, without the space before it
+
+
+def split_pattern(pre):
+    """The pattern of a tokenizer.json's pre_tokenizer; None if it is of another kind than those below."""
+    match (pre or {}).get("pretokenizers", [pre]):
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:                                # GPT-2
+            return GPT2
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return GPT2_DIGITS
+        case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:                       # Qwen, Llama 3
+            return regex
+
+
+def read_tokenizer(folder):
+    """(tiktoken.Encoding, end token, encode(text) -> ids of a prompt) of a byte-level BPE tokenizer.json.
+
+    The prompt is one user message in the model's chat template, or the bare text if it has none. tiktoken merges the
+    pair whose result has the lowest id: the merges must be in the order of their results' ids.
+    """
+    path, path_config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    j, config = read_json(path), read_json(path_config) if path_config.exists() else {}
+    bpe, pattern = j.get("model") or {}, split_pattern(j.get("pre_tokenizer"))
+    normal = j.get("normalizer") or {"type": None}
+    merged = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in bpe.get("merges") or ()]
+    ids = [bpe["vocab"].get(piece, -1) for piece in merged]
+    for fine, what in ((bpe.get("type") == "BPE" and ids, "no byte-level BPE with merges"),
+                       (ids == sorted(ids) and min(ids, default=0) >= 0, "merges that are not in the order of their ids"),
+                       (pattern, f"the pre_tokenizer {json.dumps(j.get('pre_tokenizer'))[:200]}"),
+                       (normal["type"] in (None, "NFC"), f"the normalizer {normal['type']}")):
+        if not fine:
+            fail(f"--init-from: {path} has {what}; allowed are tokenizers as of Llama 3, Qwen2, Qwen3 and SmolLM2")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]              # GPT-2 writes other bytes as 256, 257, ...
+    byte = dict(zip(map(chr, [*printable, *range(256, 324)]), printable + sorted({*range(256)} - {*printable})))
+    pieces = bpe["vocab"].keys() if bpe.get("ignore_merges") else [*(byte.keys() & bpe["vocab"].keys()), *merged]
+    special = {t["content"]: t["id"] for t in j.get("added_tokens") or ()}
+    enc = tiktoken.Encoding("pretrained", pat_str=pattern, special_tokens=special, mergeable_ranks={
+        bytes(byte[char] for char in piece): bpe["vocab"][piece] for piece in pieces if piece not in special})
+
+    bos, eos = (t["content"] if isinstance(t, dict) else t for t in map(config.get, ("bos_token", "eos_token")))
+    if eos not in special:
+        fail(f"--init-from: {path_config} has the eos_token {eos!r}, which is not among the added_tokens of {path}")
+    template = folder / "chat_template.jinja"
+    template = template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template")
+    if not template and (not bos or bos not in json.dumps(j.get("post_processor"), ensure_ascii=False)):
+        bos = ""
+    render = chat_template(template, bos, eos) if template else lambda text: bos + text
+
+    def encode(text):
+        text = unicodedata.normalize("NFC", render(text)) if normal["type"] else render(text)
+        return enc.encode(text, allowed_special="all")
+
+    return enc, special[eos], encode
+
+
+def chat_template(template, bos, eos):
+    """render(text) -> the prompt of one user message, in the sandbox and with the helpers that transformers gives it."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment                                         # torch needs jinja2
+
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+    sandbox.globals.update(strftime_now=time.strftime, raise_exception=lambda message: fail(f"--init-from: {message}"))
+    compiled = sandbox.from_string(template)
+    return lambda text: compiled.render(messages=[{"role": "user", "content": text}], bos_token=bos, eos_token=eos,
+                                        add_generation_prompt=True, enable_thinking=False)
+
+
+class LoRA(nn.Module):
+    """y = W x + 2 B A x (Hu et al., arXiv 2106.09685, with its alpha = 2 rank). W is frozen, and B = 0 at the start."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base = base
+        self.A = nn.Parameter(torch.randn(rank, base.in_features) * base.in_features ** -0.5)
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, x):
+        return self.base(x) + 2 * F.linear(F.linear(x, self.A), self.B)
+
+
+def add_lora(model, rank):
+    """Freeze the model and give every linear map inside its blocks a trained branch."""
+    model.requires_grad_(False)
+    for block in model.model["layers"]:
+        for part in (block.self_attn, block.mlp):
+            for name, child in list(part.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(part, name, LoRA(child, rank))
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Add the branches to their weights: the model as it was named before."""
+    for block in model.model["layers"]:
+        for part in (block.self_attn, block.mlp):
+            for name, child in list(part.named_children()):
+                if isinstance(child, LoRA):
+                    child.base.weight += 2 * child.B @ child.A
+                    setattr(part, name, child.base)
+    return model
 
 
 # ------------------------------------------------------------------- one prompt, K completions: sample, log-prob, score
