@@ -84,47 +84,39 @@ def rl_step(model, tokens, K, T, scores):
 
 
 def trl_step(model, tokens, K, T):
-    """The same by GRPOTrainer: generate, decoding, rewards; then loss, gradients, AdamW. One micro-batch, no KL term."""
-    import datasets
-    import tokenizers
-    import transformers
-    import trl
-    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, 64))]
-    vocab = {word: i for i, word in enumerate(words)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    c, times = model.config, []
-    peer = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+    """The same by GRPOTrainer: generate, decoding, rewards; then loss, gradients, AdamW. One micro-batch, no KL."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+    words, c, times = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, 64))], model.config, []
+    splitter = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, pad_token="<pad>", eos_token="<eos>")
+    peer = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
         num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim, tie_word_embeddings=False,
         pad_token_id=0, eos_token_id=1, bos_token_id=None))
     peer.load_state_dict(model.state_dict())
 
-    class Timed(trl.GRPOTrainer):
+    class Timed(GRPOTrainer):
         def _generate_and_score_completions(self, inputs):
-            self.begun = time.perf_counter()
+            times.append(time.perf_counter())
             batch = super()._generate_and_score_completions(inputs)
-            self.sampled = time.perf_counter()
+            times.append(time.perf_counter())
             assert batch["completion_mask"].sum() == len(tokens) * K * T
             return batch
 
-    class Clock(transformers.TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            times.append((trainer.sampled - trainer.begun, time.perf_counter() - trainer.sampled))
-
     with tempfile.TemporaryDirectory() as folder:
-        args = trl.GRPOConfig(
-            folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", num_generations=K,
-            per_device_train_batch_size=K * len(tokens), max_completion_length=T, max_steps=4, learning_rate=1e-6,
-            generation_kwargs={"min_new_tokens": T}, optim="adamw_torch_fused", beta=0.0, max_grad_norm=0,
-            save_strategy="no", logging_strategy="no", disable_tqdm=True)
-        trainer = Timed(
-            peer, args=args, reward_funcs=lambda completions, **_: torch.rand(len(completions)).tolist(),
-            train_dataset=datasets.Dataset.from_dict({"prompt": [" ".join(words[i] for i in row) for row in tokens]}),
-            callbacks=[Clock()], processing_class=transformers.PreTrainedTokenizerFast(
-                tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"))
-        trainer.train()
-    return [median(phase) for phase in zip(*times[1:])]
+        Timed(peer, processing_class=tokenizer, reward_funcs=lambda completions, **_: torch.rand(K * len(tokens)).tolist(),
+              train_dataset=Dataset.from_dict({"prompt": [" ".join(words[i] for i in row) for row in tokens]}),
+              args=GRPOConfig(folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+                              per_device_train_batch_size=K * len(tokens), num_generations=K, max_completion_length=T,
+                              generation_kwargs={"min_new_tokens": T}, max_steps=5, learning_rate=1e-6, beta=0.0,
+                              optim="adamw_torch_fused", max_grad_norm=0, save_strategy="no", logging_strategy="no",
+                              disable_tqdm=True)).train()
+    phases = [after - before for before, after in zip(times, times[1:])]          # sampling, training, sampling, ...
+    return [median(phases[2::2][:3]), median(phases[3::2])]
 
 
 def flops(c, B, P, K, T):
@@ -158,8 +150,8 @@ def rl(B=16, P=33):
             work.append(flops(model.config, B, P, K, T))
         fitted, expected = (linear_regression([math.log(x) for x in values], [math.log(y) for y in ys]).slope
                             for ys in (seconds, work))
-        print(f"{name} {', '.join(map(str, values))}: {', '.join(f'{s:.2f}' for s in seconds)} s, exponent {fitted:.2f}; "
-              f"{expected:.2f} by operations", flush=True)
+        print(f"{name} {', '.join(map(str, values))}: {', '.join(f'{s:.2f}' for s in seconds)} s, "
+              f"exponent {fitted:.2f}, of the operations {expected:.2f}", flush=True)
 
 
 def sampling(folder, B=4, P=33, K=16, T=64):
