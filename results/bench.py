@@ -63,10 +63,9 @@ def gpt(width=128):
 
 
 def rl_step(model, tokens, K, T, scores):
-    """Median seconds (sampling, training) of three updates of one epoch after a first one that is not timed.
+    """Median seconds (sampling, training) of three one-epoch updates after an untimed one, made as Trainer.update does.
 
-    As Trainer.update makes them, but with given scores and no end token, so that every completion has T tokens: sample;
-    groups without variance left out, old log-probs from the training pass, tpo_loss, gradient norm, AdamW.
+    Scores are given, and no end token occurs: every completion has T tokens. Groups without variance are left out.
     """
     optimizer, generator = torch.optim.AdamW(model.parameters(), 1e-6, fused=True), torch.Generator()
     valid, rows, times = torch.ones_like(tokens, dtype=torch.bool), (standardize(scores) != 0).any(-1), []
@@ -108,13 +107,13 @@ def trl_step(model, tokens, K, T):
             return batch
 
     with tempfile.TemporaryDirectory() as folder:
-        Timed(peer, processing_class=tokenizer, reward_funcs=lambda completions, **_: torch.rand(K * len(tokens)).tolist(),
-              train_dataset=Dataset.from_dict({"prompt": [" ".join(words[i] for i in row) for row in tokens]}),
-              args=GRPOConfig(folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-                              per_device_train_batch_size=K * len(tokens), num_generations=K, max_completion_length=T,
-                              generation_kwargs={"min_new_tokens": T}, max_steps=5, learning_rate=1e-6, beta=0.0,
-                              optim="adamw_torch_fused", max_grad_norm=0, save_strategy="no", logging_strategy="no",
-                              disable_tqdm=True)).train()
+        args = GRPOConfig(folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", max_steps=5,
+                          per_device_train_batch_size=K * len(tokens), num_generations=K, max_completion_length=T,
+                          generation_kwargs={"min_new_tokens": T}, optim="adamw_torch_fused", learning_rate=1e-6,
+                          beta=0.0, max_grad_norm=0, save_strategy="no", logging_strategy="no", disable_tqdm=True)
+        prompts = Dataset.from_dict({"prompt": [" ".join(words[i] for i in row) for row in tokens]})
+        Timed(peer, reward_funcs=lambda completions, **_: torch.rand(len(completions)).tolist(), args=args,
+              train_dataset=prompts, processing_class=tokenizer).train()
     phases = [after - before for before, after in zip(times, times[1:])]          # sampling, training, sampling, ...
     return [median(phases[2::2][:3]), median(phases[3::2])]
 
