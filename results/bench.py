@@ -126,7 +126,7 @@ def flops(c, B, P, K, T):
 
 
 def rl(B=16, P=33):
-    size = sum(p.numel() for p in gpt().parameters())                                                # seeds what follows
+    size = sum(p.numel() for p in gpt().parameters())                                             # seeds what follows
     tokens, uniform = torch.randint(2, 64, (B, P)), torch.rand(B, 16)
     print(f"RL step, {size:,} parameters, {B} prompts of {P} tokens x 16, fp32: seconds, sampling + training = all")
     print(f"{'':44}{'ours':>22}{'TRL GRPOTrainer':>22}{'ratio':>8}")

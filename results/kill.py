@@ -127,9 +127,10 @@ def main():
     shutil.rmtree(root)
     early, torn, damaged = (sum(word in k for k in kills) for word in ("without", "writing", "UNREADABLE"))
     saves = "one line each, the old checkpoint intact, resumed to the same bits" if fine else "NOT AS THEY SHOULD BE"
-    print(f"{len(kills)} kills ({early} before the first checkpoint, {torn} while writing), {same} resumes ended in "
-          f"the same bits, {damaged} unreadable checkpoints; failed saves: {saves}; {time.time() - begun:.0f} s, "
-          f"{torch.get_num_threads()} thread, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}")
+    print(f"{len(kills)} kills ({early} before the first checkpoint, {torn} while writing a file), {same} resumes "
+          f"ended in the same bits, {damaged} unreadable checkpoints; failed saves: {saves}; {time.time() - begun:.0f} s, "
+          f"{torch.get_num_threads()} thread of {os.cpu_count()} cores ({platform.machine()}), torch "
+          f"{torch.__version__}")
     sys.exit(same < len(kills) or damaged > 0 or not fine)
 
 
