@@ -10,6 +10,7 @@
 for llm: pip install trl==1.16, which brings transformers; without it only our own times are printed)
 """
 import argparse
+import contextlib
 import math
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def trl_step(model, tokens, K, T):
             assert batch["completion_mask"].sum() == len(tokens) * K * T
             return batch
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):             # TRL prints a log
         args = GRPOConfig(folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", max_steps=5,
                           per_device_train_batch_size=K * len(tokens), num_generations=K, max_completion_length=T,
                           generation_kwargs={"min_new_tokens": T}, optim="adamw_torch_fused", learning_rate=1e-6,
@@ -129,7 +130,7 @@ def rl(B=16, P=33):
     size = sum(p.numel() for p in gpt().parameters())                                             # seeds what follows
     tokens, uniform = torch.randint(2, 64, (B, P)), torch.rand(B, 16)
     print(f"RL step, {size:,} parameters, {B} prompts of {P} tokens x 16, fp32: seconds, sampling + training = all")
-    print(f"{'':44}{'ours':>22}{'TRL GRPOTrainer':>22}{'ratio':>8}")
+    print(f"{'':48}{'ours':>22}{'TRL GRPOTrainer':>22}{'ratio':>8}")
     for T in (16, 64):
         try:
             peer = trl_step(gpt(), tokens, 16, T)
@@ -137,7 +138,7 @@ def rl(B=16, P=33):
             peer = print("for TRL beside it: pip install trl==1.16")
         for name, scores in (("scores differ", uniform), ("10% success", (uniform < 0.1).float())):
             mine, groups = rl_step(gpt(), tokens, 16, T, scores), int((standardize(scores) != 0).any(-1).sum())
-            print(f"{f'{T} new tokens, {name} in {groups} of {B} groups':44}" + "".join(
+            print(f"{f'{T} new tokens, {name} in {groups} of {B} groups':48}" + "".join(
                 f"{f'{s[0]:.2f} + {s[1]:.2f} = {sum(s):.2f}':>22}" for s in (mine, peer) if s)
                 + (f"{sum(peer) / sum(mine):8.1f}" if peer else ""), flush=True)
     for name, values in (("K", (4, 8, 16, 32)), ("T", (8, 16, 32, 64)), ("width", (64, 128, 256))):
