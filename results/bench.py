@@ -1,22 +1,31 @@
-"""Time this repository beside the paper's JAX code.
+"""Time this repository beside the paper's JAX code, and llm_rlvr.py beside TRL and transformers.
 
     python results/bench.py bandit                          beside the reference's times as measured elsewhere
     python results/bench.py seqtask                         the same for the transformer, about 5 min
+    python results/bench.py llm [--model DIR]               RL steps beside TRL's GRPOTrainer, and how they scale;
+                                                            sampling of a checkpoint beside transformers' generate
     python results/bench.py bandit --reference DIR --command "python ..."
                                                             and a command of a clone of it, run in DIR on this machine
-(for the clone: pip install jax flax optax; its time is the whole process, so it includes imports and compilation)
+(for the clone: pip install jax flax optax; its time is the whole process, so it includes imports and compilation;
+for llm: pip install trl==1.16, which brings transformers; without it only our own times are printed)
 """
 import argparse
+import contextlib
+import math
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from statistics import linear_regression, median
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bandit as ours
+import llm_rlvr
 import seqtask
+from tpo import standardize, tpo_loss
 
 
 def bandit():
@@ -48,15 +57,148 @@ def seq():
             "tpo_token, bag, first 50 episodes": (seconds("tpo_token", "bag", 50), 0.833)}
 
 
+def gpt(width=128):
+    """A Qwen3 shape with 64 tokens: 0.8M parameters at width 128."""
+    torch.manual_seed(0)
+    return llm_rlvr.GPT(llm_rlvr.ModelConfig(64, width, 4, 4, 2, width // 4, 3 * width))
+
+
+def rl_step(model, tokens, K, T, scores):
+    """Median seconds (sampling, training) of three one-epoch updates after an untimed one, made as Trainer.update does.
+
+    Scores are given, and no end token occurs: every completion has T tokens. Groups without variance are left out.
+    """
+    optimizer, generator = torch.optim.AdamW(model.parameters(), 1e-6, fused=True), torch.Generator()
+    valid, rows, times = torch.ones_like(tokens, dtype=torch.bool), (standardize(scores) != 0).any(-1), []
+    for _ in range(4):
+        begun = time.perf_counter()
+        y, _, _ = llm_rlvr.sample(model, tokens, valid, K, T, -1, generator)
+        sampled = time.perf_counter()
+        logp = llm_rlvr.token_logp(model, tokens[rows], valid[rows], y[rows]).sum(-1)
+        (tpo_loss(logp, logp.detach(), scores[rows], anchor=0.25) * rows.float().mean()).backward()
+        torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append((sampled - begun, time.perf_counter() - sampled))
+    return [median(phase) for phase in zip(*times[1:])]
+
+
+def trl_step(model, tokens, K, T):
+    """The same by GRPOTrainer: generate, decoding, rewards; then loss, gradients, AdamW. One micro-batch, no KL."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+    words, c, times = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, 64))], model.config, []
+    splitter = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, pad_token="<pad>", eos_token="<eos>")
+    peer = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
+        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim, tie_word_embeddings=False,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None))
+    peer.load_state_dict(model.state_dict())
+
+    class Timed(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            times.append(time.perf_counter())
+            batch = super()._generate_and_score_completions(inputs)
+            times.append(time.perf_counter())
+            assert batch["completion_mask"].sum() == len(tokens) * K * T
+            return batch
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):             # TRL prints a log
+        args = GRPOConfig(folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", max_steps=5,
+                          per_device_train_batch_size=K * len(tokens), num_generations=K, max_completion_length=T,
+                          generation_kwargs={"min_new_tokens": T}, optim="adamw_torch_fused", learning_rate=1e-6,
+                          beta=0.0, max_grad_norm=0, save_strategy="no", logging_strategy="no", disable_tqdm=True)
+        prompts = Dataset.from_dict({"prompt": [" ".join(words[i] for i in row) for row in tokens]})
+        Timed(peer, reward_funcs=lambda completions, **_: torch.rand(len(completions)).tolist(), args=args,
+              train_dataset=prompts, processing_class=tokenizer).train()
+    phases = [after - before for before, after in zip(times, times[1:])]          # sampling, training, sampling, ...
+    return [median(phases[2::2][:3]), median(phases[3::2])]
+
+
+def flops(c, B, P, K, T):
+    """Of an RL step, sampling (one pass) and training (three): 2 per weight and token, 4 head_dim per key seen."""
+    block = c.width * (2 * (c.heads + c.kv_heads) * c.head_dim + 3 * c.hidden)
+    keys = P * P / 2 + K * T * (P + T / 2)
+    return 4 * B * (2 * (c.layers * block + c.vocab * c.width) * (P + K * T) + 4 * c.layers * c.width * keys)
+
+
+def rl(B=16, P=33):
+    size = sum(p.numel() for p in gpt().parameters())                                             # seeds what follows
+    tokens, uniform = torch.randint(2, 64, (B, P)), torch.rand(B, 16)
+    print(f"RL step, {size:,} parameters, {B} prompts of {P} tokens x 16, fp32: seconds, sampling + training = all")
+    print(f"{'':48}{'ours':>22}{'TRL GRPOTrainer':>22}{'ratio':>8}")
+    for T in (16, 64):
+        try:
+            peer = trl_step(gpt(), tokens, 16, T)
+        except ImportError:
+            peer = print("for TRL beside it: pip install trl==1.16")
+        for name, scores in (("scores differ", uniform), ("10% success", (uniform < 0.1).float())):
+            mine, groups = rl_step(gpt(), tokens, 16, T, scores), int((standardize(scores) != 0).any(-1).sum())
+            print(f"{f'{T} new tokens, {name} in {groups} of {B} groups':48}" + "".join(
+                f"{f'{s[0]:.2f} + {s[1]:.2f} = {sum(s):.2f}':>22}" for s in (mine, peer) if s)
+                + (f"{sum(peer) / sum(mine):8.1f}" if peer else ""), flush=True)
+    for name, values in (("K", (4, 8, 16, 32)), ("T", (8, 16, 32, 64)), ("width", (64, 128, 256))):
+        seconds, work = [], []
+        for value in values:
+            at = {"K": 16, "T": 16, "width": 128} | {name: value}
+            model, K, T = gpt(at["width"]), at["K"], at["T"]
+            seconds.append(sum(rl_step(model, tokens, K, T, torch.rand(B, K))))
+            work.append(flops(model.config, B, P, K, T))
+        fitted, expected = (linear_regression([math.log(x) for x in values], [math.log(y) for y in ys]).slope
+                            for ys in (seconds, work))
+        print(f"{name} {', '.join(map(str, values))}: {', '.join(f'{s:.2f}' for s in seconds)} s, "
+              f"exponent {fitted:.2f}, of the operations {expected:.2f}", flush=True)
+
+
+def sampling(folder, B=4, P=33, K=16, T=64):
+    """Tokens per second of a checkpoint in folder, the same 64 rows of fp32: 4 prompts x 16 here, 64 for generate."""
+    model = llm_rlvr.read_model(folder)
+    tokens = torch.randint(model.config.vocab, (B, P))
+
+    def rate(run):
+        run(2)
+        begun = time.perf_counter()
+        run(T)
+        return B * K * T / (time.perf_counter() - begun)
+
+    valid, generator = torch.ones_like(tokens, dtype=torch.bool), torch.Generator()
+    mine = rate(lambda n: llm_rlvr.sample(model, tokens, valid, K, n, -1, generator))
+    print(f"sampling {B} prompts x {K} of {T} tokens from {folder}: ours {mine:.0f} tok/s", flush=True)
+    try:
+        import transformers
+    except ImportError:
+        return print("for generate beside it: pip install transformers")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = tokens.repeat_interleave(K, 0)
+    peer.generation_config.eos_token_id = None                                                       # exactly T tokens
+    for cache in ("dynamic", "static"):
+        theirs = rate(lambda n: peer.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=n,
+                                              do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0,
+                                              cache_implementation=cache))
+        print(f"transformers generate, {cache} cache: {theirs:.0f} tok/s, ratio {mine / theirs:.2f}", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["bandit", "seqtask"])
+    parser.add_argument("what", choices=["bandit", "seqtask", "llm"])
     parser.add_argument("--reference", metavar="DIR", help="a clone of the paper's repository")
     parser.add_argument("--command", help="what to time in it")
+    parser.add_argument("--model", metavar="DIR", help="llm: a checkpoint of transformers to sample from as well")
     args = parser.parse_args()
+    if args.model and args.what != "llm":
+        parser.error(f"--model {args.model}: goes with llm")
     if bool(args.reference) != bool(args.command):
         parser.error("--reference and --command go together: the clone's folder, and what to time in it")
-    print(f"{torch.get_num_threads()} threads")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    if args.what == "llm":
+        rl()
+        if args.model:
+            sampling(args.model)
+        sys.exit()
     print(f"{'seconds':50}{'ours':>8}{'reference, measured elsewhere':>32}{'ratio':>8}")
     digits = 1 if args.what == "bandit" else 3
     for name, (mine, reference) in (bandit if args.what == "bandit" else seq)().items():

@@ -1,0 +1,138 @@
+"""Kill -9 a run of llm_rlvr.py at random moments, then compare where its resumes end with the uninterrupted run.
+
+    OMP_NUM_THREADS=1 python results/kill.py [--kills 50] [--seed 0]        prints what is recorded in results/kill.txt
+
+A small run (a checkpoint every second update, warm start included) is started, killed at a moment drawn uniformly from
+the duration of the uninterrupted run, imports included, and started again, with --resume once it has a checkpoint,
+until it completes; then afresh. Each kill is followed by a look at the checkpoint, each completion by a comparison of
+weights, optimizer, random states and log, bit for bit but for the times. Then saving fails: at a file size limit within
+a checkpoint, on /dev/full, in a folder that became read-only. Exit status 1 if anything is not as it should be. Linux.
+"""
+import argparse
+import ctypes
+import json
+import os
+import platform
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+SCRIPT = Path(__file__).parents[1] / "llm_rlvr.py"
+SMALL = ("--width 64 --layers 1 --heads 2 --kv-heads 1 --prompts 8 --candidates 8 --steps 24 --eval-every 2 "
+         "--warm-steps 30 --device cpu").split()
+TIMES = {"seconds", "sample_seconds", "train_seconds", "sample_tok_s", "train_tok_s", "peak_mb"}
+
+
+def start(folder, **how):
+    resume = ["--resume"] * (folder / "checkpoint.pt").exists()
+    return subprocess.Popen([sys.executable, SCRIPT, *SMALL, "--out", folder, *resume], text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **how)
+
+
+def bits(x):
+    """x without times and flags that differ by intent, tensors as their bytes: == is then bit for bit."""
+    if isinstance(x, dict):
+        return {name: bits(value) for name, value in x.items() if name not in TIMES | {"out", "resume"}}
+    if isinstance(x, (list, tuple)):
+        return [bits(value) for value in x]
+    return (x.dtype, x.shape, x.numpy().tobytes()) if isinstance(x, torch.Tensor) else x
+
+
+def outcome(folder):
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return bits([torch.load(folder / "checkpoint.pt", weights_only=True), log])
+
+
+def survive(folder, limit, draw=None):
+    """Run to the end, killed up to limit times, draw() seconds after each start. Returns a word on each kill."""
+    kills, checkpoint = [], folder / "checkpoint.pt"
+    while True:
+        process = start(folder)
+        try:
+            _, error = process.communicate(timeout=draw() if len(kills) < limit else None)
+            if process.returncode:
+                sys.exit(f"results/kill.py: a start ended with status {process.returncode}: {error}")
+            return kills
+        except subprocess.TimeoutExpired as killed:
+            process.kill()
+            process.communicate()
+            kills.append(f"{killed.timeout:.1f}" + " without checkpoint" * (not checkpoint.exists())
+                         + " while writing" * bool(list(folder.glob(f"*.{process.pid}.tmp"))))
+        try:
+            checkpoint.exists() and torch.load(checkpoint, weights_only=True)
+        except Exception:                                                    # a damaged file raises one of many types
+            kills[-1] += " UNREADABLE"
+
+
+def limit_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))                     # Python ignores SIGXFSZ: an EFBIG
+
+
+def bind_root():
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)       # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: else permissions do not bind root
+
+
+def failed_saves(folder):
+    """(name, exit status, stderr, whether the checkpoint stayed as it was) of runs that cannot save."""
+    checkpoint = folder / "checkpoint.pt"
+
+    def full():                                                               # the child's pid is in the file's name
+        (folder / f"checkpoint.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+
+    for name, prepare in (("file size limit", limit_size), ("disk full", full)):
+        saved, process = checkpoint.read_bytes(), start(folder, preexec_fn=prepare)
+        error = process.communicate()[1]
+        yield name, process.returncode, error, checkpoint.read_bytes() == saved
+    checkpoint.unlink()
+    process = start(folder, preexec_fn=bind_root)
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    folder.chmod(0o555)
+    saved, error = checkpoint.read_bytes(), process.communicate()[1]
+    yield "folder made read-only", process.returncode, error, checkpoint.read_bytes() == saved
+    folder.chmod(0o755)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50, help="how many (default 50)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    args = parser.parse_args()
+    rng, begun, root = random.Random(args.seed), time.time(), Path(tempfile.mkdtemp())
+    (whole := root / "whole").mkdir()
+    survive(whole, 0)
+    seconds, expected, kills, same = time.time() - begun, outcome(whole), [], 0
+    print(f"uninterrupted {seconds:.1f} s; kills at seconds after each start:")
+    while len(kills) < args.kills:
+        (folder := root / "killed").mkdir()
+        fell = survive(folder, args.kills - len(kills), lambda: rng.uniform(0, seconds))
+        equal = outcome(folder) == expected
+        kills, same = kills + fell, same + equal * len(fell)
+        print(f"{', '.join(fell) or 'none'}: {'the same bits' if equal else 'OTHER BITS'}", flush=True)
+        shutil.rmtree(folder)
+    fine = True
+    for name, status, error, intact in failed_saves(whole):
+        fine = fine and status == 1 and intact and error.count("\n") == 1
+        print(f"{name}: status {status}, checkpoint {'intact' if intact else 'LOST'}, "
+              f"stderr {error.replace(str(whole), 'DIR').strip()!r}", flush=True)
+    survive(whole, 0)
+    fine = fine and outcome(whole) == expected
+    shutil.rmtree(root)
+    early, torn, damaged = (sum(word in k for k in kills) for word in ("without", "writing", "UNREADABLE"))
+    saves = "one line each, the old checkpoint intact, resumed to the same bits" if fine else "NOT AS THEY SHOULD BE"
+    print(f"{len(kills)} kills ({early} before the first checkpoint, {torn} while writing a file), {same} resumes "
+          f"ended in the same bits, {damaged} unreadable checkpoints; failed saves: {saves}; "
+          f"{time.time() - begun:.0f} s, {torch.get_num_threads()} thread of {os.cpu_count()} cores "
+          f"({platform.machine()}), torch {torch.__version__}")
+    sys.exit(same < len(kills) or damaged > 0 or not fine)
+
+
+if __name__ == "__main__":
+    main()
