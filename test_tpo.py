@@ -1000,6 +1000,210 @@ def test_a_small_run_learns(tmp_path):
     assert r["pass1_before"] < 0.12 and r["pass1_after"] > r["pass1_before"] + 5 * (0.2 * 0.8 / 1024) ** 0.5
 
 
+# ----------------------------------------------------------------------------------------- llm_rlvr.py, real checkpoints
+def family(name, tied=False, **kw):
+    """A tiny random transformers model of a family, the same sizes for all."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    pytest.importorskip("safetensors", reason="pip install safetensors")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=48, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=tied, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 5e4}, **kw)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)                                         # biases and norms must count as well
+    return model
+
+
+def logits(model, ids):
+    S = ids.shape[1]
+    causal = torch.ones(S, S, dtype=torch.bool).tril()[None, None]
+    return model.lm_head(model(ids, torch.arange(S)[None].expand(len(ids), S), causal)).detach()
+
+
+@pytest.mark.parametrize("shard", [None, "10KB"])
+@pytest.mark.parametrize("name, kw", [("Llama", {}), ("Llama", dict(tied=True)), ("Qwen2", {}), ("Qwen2", dict(tied=True)),
+                                      ("Qwen3", dict(head_dim=12)), ("Qwen3", dict(tied=True, head_dim=8))])
+def test_checkpoints_of_three_families_give_the_logits_of_transformers_and_go_back(name, kw, shard, tmp_path):
+    peer, ids = family(name, **kw), torch.randint(0, 48, (2, 9))
+    peer.save_pretrained(tmp_path / "in", **({"max_shard_size": shard} if shard else {}))
+    assert (tmp_path / "in/model.safetensors.index.json").exists() == bool(shard)
+    model = llm_rlvr.read_model(tmp_path / "in")
+    expected = peer(ids).logits.detach()
+    torch.testing.assert_close(logits(model, ids), expected, atol=2e-5, rtol=1e-5)
+    with torch.no_grad():
+        model.lm_head.weight += 0.1                                                    # not the file it came from
+    llm_rlvr.export_model(model, tmp_path / "out", "")
+    again = type(peer).from_pretrained(tmp_path / "out")(ids).logits.detach()
+    assert (again - expected).abs().max() > 0.01
+    torch.testing.assert_close(again, logits(model, ids), atol=2e-5, rtol=1e-5)
+
+
+def test_small_gpt_of_this_file_is_a_qwen3(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    run = [*TINY, "--steps", "1", "--warm-steps", "2", "--out", str(tmp_path), "--export", str(tmp_path / "hf")]
+    llm_rlvr.main(run)
+    ours, ids = llm_rlvr.Trainer(llm_rlvr.parse(run)), torch.randint(0, 20, (2, 9))
+    ours.model.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"])
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(peer).__name__ == "Qwen3ForCausalLM"
+    torch.testing.assert_close(peer(ids).logits.detach(), logits(ours.model, ids), atol=2e-5, rtol=1e-5)
+
+
+def broken(path, change):
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def resave(folder, **changes):
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in (tensors | changes).items() if v is not None}, folder / "model.safetensors")
+
+
+NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda d: (d / "config.json").unlink(), "config.json cannot be read (No such file"),
+    (lambda d: (d / "config.json").write_text('{"archi'), "config.json cannot be read (Unterminated string"),
+    (lambda d: broken(d / "config.json", lambda c: c.update(architectures=["GPT2LMHeadModel"])), "has the architecture GPT2LMHeadModel; allowed are Llama"),
+    (lambda d: broken(d / "config.json", lambda c: c.pop("hidden_size")), "lacks 'hidden_size'"),
+    (lambda d: broken(d / "config.json", lambda c: c.update(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})), "rope_type 'yarn'; allowed is 'default'"),
+    (lambda d: broken(d / "config.json", lambda c: c.update(rope_parameters=None, rope_scaling={"type": "linear"})), "rope_type 'linear'"),
+    (lambda d: broken(d / "config.json", lambda c: c.update(attention_bias=True)), "attention_bias True; allowed is False"),
+    (lambda d: broken(d / "config.json", lambda c: c.update(hidden_act="gelu")), "hidden_act 'gelu'"),
+    (lambda d: broken(d / "config.json", lambda c: c.update(intermediate_size=44)), "mlp.down_proj.weight is (32, 40) in the safetensors; config.json wants (32, 44)"),
+    (lambda d: (d / "model.safetensors").unlink(), "model.safetensors cannot be read"),
+    (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]), "model.safetensors cannot be read"),
+    (lambda d: resave(d, **{NORM: None}), NORM + " is missing in the safetensors"),
+    (lambda d: resave(d, extra=torch.zeros(2)), "config.json wants no such tensor"),
+    (lambda d: resave(d, **{NORM: torch.full((32,), math.nan)}), NORM + " is torch.float32 or not finite"),
+    (lambda d: resave(d, **{NORM: torch.ones(32, dtype=torch.int8)}), NORM + " is torch.int8 or not finite; allowed are finite fp32"),
+])
+def test_broken_checkpoint_is_one_line(damage, words, tmp_path, capsys):
+    family("Llama").save_pretrained(tmp_path)
+    damage(tmp_path)
+    capsys.readouterr()                                                                      # a progress bar of transformers
+    one_line(lambda: llm_rlvr.read_model(tmp_path), capsys, words)
+
+
+def test_lora_starts_at_the_model_trains_its_branches_and_merges_back():
+    model, tokens, y = tiny_model(), torch.tensor([[1, 2, 3]] * 2), torch.randint(0, 20, (2, 3, 5))
+    names, before = list(model.state_dict()), llm_rlvr.token_logp(model, tokens, tokens > 0, y).detach()
+    llm_rlvr.add_lora(model, 4)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 7 and all(name.endswith((".A", ".B")) and 4 in p.shape for name, p in trained.items())
+    torch.testing.assert_close(llm_rlvr.token_logp(model, tokens, tokens > 0, y), before)
+    for p in trained.values():
+        torch.nn.init.normal_(p, std=0.1)
+    changed = llm_rlvr.token_logp(model, tokens, tokens > 0, y)
+    changed.sum().backward()
+    assert all((p.grad is not None) == (name in trained) for name, p in model.named_parameters())
+    assert (changed - before).abs().max() > 0.01
+    assert list(llm_rlvr.merge_lora(model).state_dict()) == names
+    torch.testing.assert_close(llm_rlvr.token_logp(model, tokens, tokens > 0, y), changed, atol=1e-5, rtol=1e-5)
+
+
+TEXTS = ["Natalia sold 48 clips in April, and 1,205 in May.", "x  =  12   +3\n\n\n  y\t7 8", "it's WE'LL they've 'tis",
+         "naïve café – “quotes” ☃ 日本語 ½ ٣", " leading", "trailing   ", "a\r\nb \n c", "$3.50/2=1.75!!!", "<|end|>hi<|end|>"]
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def bpe_folder(kind, folder):
+    """A byte-level BPE trained on TEXTS by the tokenizers library, and that library's own reading of it."""
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
+    pre, byte_level = tokenizers.pre_tokenizers, tokenizers.pre_tokenizers.ByteLevel
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.pre_tokenizer = {"gpt2": byte_level(add_prefix_space=False),
+                       "smollm": pre.Sequence([pre.Digits(individual_digits=True), byte_level(add_prefix_space=False)]),
+                       "qwen": pre.Sequence([pre.Split(tokenizers.Regex(QWEN), "isolated"),
+                                             byte_level(add_prefix_space=False, use_regex=False)])}[kind]
+    if kind == "qwen":
+        t.normalizer = tokenizers.normalizers.NFC()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=byte_level.alphabet(),
+                                             show_progress=False)
+    t.train_from_iterator(TEXTS * 3, trainer)
+    t.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    return t
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "smollm", "qwen"])
+def test_token_ids_are_those_of_the_tokenizers_library(kind, tmp_path):
+    peer = bpe_folder(kind, tmp_path)
+    enc, end, encode = llm_rlvr.read_tokenizer(tmp_path)
+    assert end == peer.token_to_id("<|end|>") and enc.n_vocab == peer.get_vocab_size()
+    mixed = ["".join(random.Random(i).choices([*"ab 1 2\n\t'.", " the", "'s", "é", "e\u0301", "  "], k=12)) for i in range(300)]
+    for text in TEXTS + mixed:
+        assert encode(text) == peer.encode(text).ids, text
+    assert enc.decode(encode(TEXTS[0])) == TEXTS[0]
+
+
+def test_chat_template_is_rendered_as_transformers_does(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    bpe_folder("qwen", tmp_path)
+    template = """{%- if messages[0].role != 'system' %}
+    {{- '<sys>' + {'a': 'é'}|tojson + '</sys>\\n' }}
+{%- endif %}
+{% for m in messages %}
+    {% if m.role == 'nobody' %}{% continue %}{% endif %}
+{{ bos_token or '' }}[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}[assistant]{% if enable_thinking is defined and not enable_thinking %} {% endif %}{% endif %}"""
+    (tmp_path / "chat_template.jinja").write_text(template)
+    _, _, encode = llm_rlvr.read_tokenizer(tmp_path)
+    peer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|end|>")
+    expected = peer.apply_chat_template([{"role": "user", "content": " What is 12 + 3? "}], chat_template=template,
+                                        add_generation_prompt=True, return_dict=False, enable_thinking=False)
+    assert encode(" What is 12 + 3? ") == expected and len(expected) > 20
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda j: j["model"].pop("merges"), "no byte-level BPE with merges"),
+    (lambda j: j["model"].update(type="Unigram"), "no byte-level BPE with merges"),
+    (lambda j: j["model"]["merges"].reverse(), "merges that are not in the order of their ids"),
+    (lambda j: j.update(pre_tokenizer={"type": "Metaspace"}), 'the pre_tokenizer {"type": "Metaspace"}'),
+    (lambda j: j.update(normalizer={"type": "Lowercase"}), "the normalizer Lowercase"),
+    (lambda j: j.update(added_tokens=[]), "eos_token '<|end|>', which is not among the added_tokens"),
+])
+def test_foreign_tokenizer_is_one_line(change, words, tmp_path, capsys):
+    bpe_folder("gpt2", tmp_path)
+    broken(tmp_path / "tokenizer.json", change)
+    one_line(lambda: llm_rlvr.read_tokenizer(tmp_path), capsys, words)
+
+
+@pytest.mark.parametrize("extra", [[], ["--lora-rank", "2", "--recompute"]], ids=["full", "lora"])
+def test_pretrained_run_from_command_line_to_export(extra, tmp_path, capsys):
+    """--init-from, a jsonl task, checkpoint, resume, --export: the exported folder starts where the run ended."""
+    (model := tmp_path / "model").mkdir()
+    bpe_folder("gpt2", model)
+    peer = family("Qwen3")
+    peer.resize_token_embeddings(400, mean_resizing=False)
+    torch.nn.init.normal_(peer.get_input_embeddings().weight)
+    peer.save_pretrained(model)
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"prompt": f"{i} or", "answer": str(i)}) + "\n" for i in range(90)))
+    run = ["--init-from", str(model), "--task", "jsonl", "--data", str(tmp_path / "lines.jsonl"), "--prompts", "2", "--candidates",
+           "4", "--max-new-tokens", "36", "--epochs", "2", "--eval-puzzles", "2", "--micro-tokens", "100", "--lr", "1e-3",
+           "--algo", "tpo_no_anchor", "--device", "cpu", *extra]
+    full = [*run, "--steps", "3", "--eval-every", "1", "--out", str(tmp_path / "full"), "--export", str(tmp_path / "export")]
+    llm_rlvr.main(full)
+    assert "took jsonl from" in capsys.readouterr().out
+    trained = llm_rlvr.read_model(tmp_path / "export")
+    assert llm_rlvr.read_tokenizer(tmp_path / "export")[1] == llm_rlvr.read_tokenizer(model)[1]
+    start = llm_rlvr.read_model(model)
+    moved = [name for name, p in trained.named_parameters() if not torch.equal(p, start.state_dict()[name])]
+    assert moved and (not extra or all("_proj" in name for name in moved))
+    saved = torch.load(tmp_path / "full" / "checkpoint.pt", weights_only=True)["model"]
+    assert saved.keys() == {name for name, p in llm_rlvr.Trainer(llm_rlvr.parse(full)).model.named_parameters() if p.requires_grad}
+
+
+def test_missing_safetensors_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    one_line(lambda: llm_rlvr.read_model(tmp_path), capsys, "--init-from needs safetensors: pip install safetensors")
+
+
 # ------------------------------------------------------------------------------------------------------------- bandit.py
 CONFIDENT = torch.tensor([0.02, 0.001, 0.9, 0.005, 0.004, 0.03, 0.01, 0.02, 0.005, 0.005], dtype=torch.float64)
 

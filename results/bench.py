@@ -197,7 +197,7 @@ if __name__ == "__main__":
     if args.what == "llm":
         rl()
         if args.model:
-            sampling(args.model)
+            sampling(Path(args.model))
         sys.exit()
     print(f"{'seconds':50}{'ours':>8}{'reference, measured elsewhere':>32}{'ratio':>8}")
     digits = 1 if args.what == "bandit" else 3

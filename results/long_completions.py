@@ -1,6 +1,6 @@
 """What becomes of the target when completions are long: the anchor's health for several alpha on a real language model.
 
-    python results/long_completions.py spread MODEL GSM8K       8 groups of 16 completions each of gsm8k and rg:chain_sum
+    python results/long_completions.py spread MODEL GSM8K       5 groups of 16 completions each of gsm8k and rg:chain_sum
     python results/long_completions.py learn MODEL              learning curves on rg:chain_sum, one run after another
     python results/long_completions.py table                    the tables of long_completions.md
 
@@ -35,7 +35,7 @@ def append(path, record):
         f.write(json.dumps(record) + "\n")
 
 
-def spread(model, data, groups=8):
+def spread(model, data, groups=5):
     """A line per group: the log-probs l (16,) of its completions, their lengths and scores."""
     for task in ("gsm8k", "rg:chain_sum"):
         flags = ["--init-from", model, "--task", task, "--max-new-tokens", "200", "--prompts", "1"]
