@@ -187,7 +187,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["bandit", "seqtask", "llm"])
     parser.add_argument("--reference", metavar="DIR", help="a clone of the paper's repository")
     parser.add_argument("--command", help="what to time in it")
-    parser.add_argument("--model", metavar="DIR", help="llm: a checkpoint of transformers to sample from as well")
+    parser.add_argument("--model", metavar="DIR", type=Path, help="llm: a checkpoint to sample from")
     args = parser.parse_args()
     if args.model and args.what != "llm":
         parser.error(f"--model {args.model}: goes with llm")

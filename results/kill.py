@@ -127,9 +127,9 @@ def main():
     shutil.rmtree(root)
     early, torn, damaged = (sum(word in k for k in kills) for word in ("without", "writing", "UNREADABLE"))
     saves = "one line each, the old checkpoint intact, resumed to the same bits" if fine else "NOT AS THEY SHOULD BE"
-    print(f"{len(kills)} kills ({early} before the first checkpoint, {torn} while writing a file), {same} resumes "
-          f"ended in the same bits, {damaged} unreadable checkpoints; failed saves: {saves}; "
-          f"{time.time() - begun:.0f} s, {torch.get_num_threads()} thread of {os.cpu_count()} cores "
+    print(f"{len(kills)} kills, {torn} while writing a file, then {len(kills) - early} resumes and {early} starts "
+          f"afresh for want of a checkpoint: {same} ended in the same bits, {damaged} unreadable checkpoints; failed "
+          f"saves: {saves}; {time.time() - begun:.0f} s, {torch.get_num_threads()} thread of {os.cpu_count()} cores "
           f"({platform.machine()}), torch {torch.__version__}")
     sys.exit(same < len(kills) or damaged > 0 or not fine)
 
