@@ -966,13 +966,7 @@ class Trainer:
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def restore(self, path):
-        saved = load(path)
-        if not isinstance(saved, dict) or saved.keys() != self.state().keys():
-            fail(f"--resume: {path} is no checkpoint of this version of this script")
-        for name, value in (asdict(self.c) | {"device": self.device.type}).items():
-            was = saved["device"] if name == "device" else saved["config"].get(name)
-            if name not in ("resume", "plot", "out", "compile") and was != value:
-                fail(f"{flag_name(name)} {value}: --resume needs {was} as in {path}")
+        saved = load_run(self.c, path)
         self.model.load_state_dict(saved["model"], strict=False)                  # what was not trained is not in it
         self.optimizer.load_state_dict(saved["optimizer"])
         self.rng.setstate(saved["rng"])
@@ -999,12 +993,14 @@ class Trainer:
         c, path = self.c, folder / "checkpoint.pt"
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)                    # of this run, not of those before it
+        for unfinished in folder.glob("*.tmp") if not RANK else ():                       # of a run killed while it wrote
+            unfinished.unlink()
         if c.resume and path.exists():
             self.restore(path)
         else:
             self.warm_start(warm_folder, stop)
         params = sum(p.numel() for p in self.model.parameters())
-        print(f"{c.algo}: {params:,} parameters, {self.enc.n_vocab} tokens, {self.device}; e.g. {self.exam[0][0]!r}")
+        print(f"{c.algo}: {params:,} parameters, {self.enc.n_vocab} tokens, {self.device}; e.g. {self.exam[0][0][:200]!r}")
         begun, first, spent = time.time() - self.seconds, self.step, self.seconds
         while True:
             self.seconds = time.time() - begun
@@ -1077,7 +1073,7 @@ def diagnose(logp_old, logp, real, ended, R, c):
 def progress(r, steps, left):
     text = f"{r['step']:5d}/{steps}  pass@1 {r['pass1']:.3f}  greedy {r['greedy']:.3f}  {r['seconds']:4.0f} s"
     if "reward" not in r:
-        return text + "  (after the warm start)"
+        return text + "  (before the first update)"
     return text + (f", {left:.0f} s left  reward {r['reward']:.3f}  KL(q||p) {r['kl']:.3f}  "
                    f"informative {r['informative']:.2f}  entropy {r['entropy']:.3f}  anchor max {r['anchor_max']:.2f} "
                    f"size {r['anchor_size']:.1f}  sample {r['sample_tok_s']:,} train {r['train_tok_s']:,} tok/s")
@@ -1110,6 +1106,18 @@ def load(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                               # a truncated file raises one of many types
         fail(f"{path} cannot be read ({type(error).__name__}), it is damaged: delete it and leave out --resume")
+
+
+def load_run(c, path):
+    """The checkpoint at path if c may continue it."""
+    saved = load(path)
+    if not isinstance(saved, dict) or not {"config", "device", "optimizer", "tally"} <= saved.keys():
+        fail(f"--resume: {path} is no checkpoint of this version of this script")
+    for name, value in (asdict(c) | {"device": pick_device(c.device).type}).items():
+        was = saved["device"] if name == "device" else saved["config"].get(name)
+        if name not in ("resume", "plot", "out", "compile", "export") and was != value:
+            fail(f"{flag_name(name)} {value}: --resume needs {was} as in {path}")
+    return saved
 
 
 def peak_mb(device):
@@ -1209,7 +1217,9 @@ def plan(argv):
         runs.append((c, folder, warm_folder))
     if shared.resume and not any((folder / "checkpoint.pt").exists() for _, folder, _ in runs):
         fail(f"--resume: there is no {runs[0][1] / 'checkpoint.pt'}; leave it out, or name the run's folder with --out")
-    for _, folder, _ in runs:
+    for c, folder, _ in runs:
+        if c.resume and (folder / "checkpoint.pt").exists():
+            load_run(c, folder / "checkpoint.pt")                              # before hours of other runs, not after
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
