@@ -27,7 +27,7 @@ tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "cuda", str(
 show("tests", passed=tests.returncode == 0, last_line=tests.stdout.strip().splitlines()[-1])
 
 t = llm_rlvr.Trainer(llm_rlvr.parse(["--device", "cuda"]))
-tokens, valid = llm_rlvr.encode_prompts(t.enc, t.exam[:32], t.device)
+tokens, valid = llm_rlvr.encode_prompts(t.encode, t.exam[:32], t.device)
 with t.autocast():
     y, real, sampled = llm_rlvr.sample(t.model, tokens, valid, 16, 7, t.end, t.generator)
     trained = llm_rlvr.token_logp(t.model, tokens, valid, y).masked_fill(~real, 0)
