@@ -46,8 +46,8 @@ def flag(default, help):
 
 
 # defaults with --init-from: batch and learning rate are the paper's; alpha: see results/long_completions.md
-PRETRAINED = dict(steps=100, prompts=16, epochs=1, lr=1e-5, anchor=0.0, eval_every=10, eval_puzzles=64, max_new_tokens=256,
-                  warm_steps=0, micro_tokens=2048)
+PRETRAINED = dict(steps=100, prompts=16, epochs=1, lr=1e-5, anchor=0.0, eval_every=10, eval_puzzles=64,
+                  max_new_tokens=256, warm_steps=0, micro_tokens=2048)
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Config:
     lr: float = flag(2e-3, "AdamW learning rate: rises over 30 updates, and falls linearly to 0")
     eta: float = flag(1.0, "temperature of the target (tpo, tpo_no_anchor) or of the gate (dg)")
     anchor: float = flag(0.25, "alpha in q ~ p_old^alpha exp(u / eta): 1 is the paper, 0 the uniform anchor")
-    length_normalize: bool = flag(False, "per-token means of log-probs instead of sums in grouped losses, as the author's "
-                                         "trainer port does: another fixed point")
+    length_normalize: bool = flag(False, "per-token means of log-probs instead of sums in grouped losses, as the "
+                                         "author's trainer port does: another fixed point")
     seed: int = flag(0, "of the weights, the training prompts and the sampling")
     eval_every: int = flag(50, "updates between evaluations; a checkpoint precedes each")
     eval_set: str = flag("heldout", "which fixed puzzles to evaluate on: heldout, or test for final numbers")
@@ -81,8 +81,10 @@ class Config:
     heads: int = flag(4, "query heads")
     kv_heads: int = flag(2, "key/value heads, a divisor of heads")
     lora_rank: int = flag(0, "train low-rank branches of this rank instead of the weights; 0 is full training")
-    micro_tokens: int = flag(8192, "tokens in one backward pass: lower it when memory runs out; the gradient stays the same")
-    recompute: bool = flag(False, "keep no activations for the backward pass but those between blocks: slower, less memory")
+    micro_tokens: int = flag(8192, "tokens in one backward pass: lower it when memory runs out; the gradient "
+                                   "stays the same")
+    recompute: bool = flag(False, "keep no activations for the backward pass but those between blocks: slower, "
+                                  "less memory")
     export: str = flag("", "folder for the trained model in Hugging Face layout")
     out: str = flag("out/{task}-{algo}-{seed}", "folder of log.jsonl and checkpoint.pt")
     resume: bool = flag(False, "continue from the checkpoint in --out; without it the run there is replaced")
@@ -503,7 +505,8 @@ def read_config(path):
     try:
         width, heads = j["hidden_size"], j["num_attention_heads"]
         return ModelConfig(j["vocab_size"], width, j["num_hidden_layers"], heads, j.get("num_key_value_heads") or heads,
-                           j.get("head_dim") or width // heads, j["intermediate_size"], tied=j.get("tie_word_embeddings", False),
+                           j.get("head_dim") or width // heads, j["intermediate_size"],
+                           tied=j.get("tie_word_embeddings", False),
                            theta=rope["rope_theta"], eps=j["rms_norm_eps"], **FAMILIES[family])
     except KeyError as error:
         fail(f"--init-from: {path} lacks {error}")
@@ -566,19 +569,19 @@ def export_model(model, folder, source):
 
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-GPT2_DIGITS = r"\s+(?=\p{N})|\p{N}|" + GPT2                         # SmolLM2: each digit alone, without the space before it
+GPT2_DIGITS = r"\s+(?=\p{N})|\p{N}|" + GPT2                         # SmolLM2: each digit alone, no space before it
 
 
 def split_pattern(pre):
     """The pattern of a tokenizer.json's pre_tokenizer; None if it is of another kind than those below."""
     match (pre or {}).get("pretokenizers", [pre]):
-        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:                                # GPT-2
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:                              # GPT-2
             return GPT2
         case [{"type": "Digits", "individual_digits": True},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             return GPT2_DIGITS
         case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
-              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:                       # Qwen, Llama 3
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:                     # Qwen, Llama 3
             return regex
 
 
@@ -595,12 +598,13 @@ def read_tokenizer(folder):
     merged = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in bpe.get("merges") or ()]
     ids = [bpe["vocab"].get(piece, -1) for piece in merged]
     for fine, what in ((bpe.get("type") == "BPE" and ids, "no byte-level BPE with merges"),
-                       (ids == sorted(ids) and min(ids, default=0) >= 0, "merges that are not in the order of their ids"),
+                       (ids == sorted(ids) and min(ids, default=0) >= 0,
+                        "merges that are not in the order of their ids"),
                        (pattern, f"the pre_tokenizer {json.dumps(j.get('pre_tokenizer'))[:200]}"),
                        (normal["type"] in (None, "NFC"), f"the normalizer {normal['type']}")):
         if not fine:
             fail(f"--init-from: {path} has {what}; allowed are tokenizers as of Llama 3, Qwen2, Qwen3 and SmolLM2")
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]              # GPT-2 writes other bytes as 256, 257, ...
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes other bytes as 256, 257 ...
     byte = dict(zip(map(chr, [*printable, *range(256, 324)]), printable + sorted({*range(256)} - {*printable})))
     pieces = bpe["vocab"].keys() if bpe.get("ignore_merges") else [*(byte.keys() & bpe["vocab"].keys()), *merged]
     special = {t["content"]: t["id"] for t in j.get("added_tokens") or ()}
@@ -624,10 +628,11 @@ def read_tokenizer(folder):
 
 
 def chat_template(template, bos, eos):
-    """render(text) -> the prompt of one user message, in the sandbox and with the helpers that transformers gives it."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment                                         # torch needs jinja2
+    """render(text) -> the prompt of one user message, in transformers' sandbox with its helpers."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment                                        # torch needs jinja2
 
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                            extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
     sandbox.globals.update(strftime_now=time.strftime, raise_exception=lambda message: fail(f"--init-from: {message}"))
     compiled = sandbox.from_string(template)
@@ -755,10 +760,13 @@ def token_logp(model, tokens, valid, y):
 def score(task, enc, end, items, y):
     """Scores (B, K) on the CPU. A completion cut off before its end token has not answered: 0."""
     def one(key, ids):
-        try:
-            return task.check(key, enc.decode(ids[:ids.index(end)]))
-        except (ValueError, KeyError):                     # no end; an id of the padded vocabulary that no text has
+        if end not in ids:
             return 0.0
+        try:
+            text = enc.decode(ids[:ids.index(end)])
+        except KeyError:                                               # an id of a padded vocabulary, which no text has
+            return 0.0
+        return task.check(key, text)
 
     return torch.tensor([[one(key, ids) for ids in candidates] for (_, key), candidates in zip(items, y.tolist())],
                         dtype=torch.float32)
@@ -810,7 +818,7 @@ class Trainer:
         self.model.to(self.device).recompute = c.recompute
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.token_logp = torch.compile(token_logp) if c.compile else token_logp
-        self.share = c.candidates if c.max_new_tokens <= 32 else 1     # completions of a prompt in one row: see `layout`
+        self.share = c.candidates if c.max_new_tokens <= 32 else 1    # completions of a prompt in one row: see `layout`
         self.optimizer = self.adamw(c.lr)
         self.rng, self.generator = random.Random(c.seed), torch.Generator(self.device).manual_seed(c.seed)
         self.exam = exam(self.task, c.eval_set, c.eval_puzzles)
@@ -828,7 +836,7 @@ class Trainer:
         """sample -> score -> target -> fit, once. Returns the metrics. A non-finite step is a FloatingPointError."""
         c, begun = self.c, time.time()
         B, K = c.prompts, c.candidates
-        b, n = B // RANKS, K // self.share                              # this rank's prompts, rows that each of them has
+        b, n = B // RANKS, K // self.share                             # this rank's prompts, rows that each of them has
         items = puzzles(self.task, self.rng, B, "train")[RANK * b:RANK * b + b]           # whole groups to each rank
         tokens, valid = encode_prompts(self.encode, items, self.device)
         with self.autocast():
@@ -850,7 +858,7 @@ class Trainer:
             t = int(lengths[rows].max())
             with self.autocast():
                 logp = self.token_logp(self.model, tokens[rows], valid[rows], y[rows, :, :t])
-            return F.pad(logp, (0, T - t)).masked_fill(~real[rows], 0)                                 # (rows, share, T)
+            return F.pad(logp, (0, T - t)).masked_fill(~real[rows], 0)                                # (rows, share, T)
 
         def micro_batches(chosen):
             """The chosen rows (b * n,), longest first, in parts of at most --micro-tokens tokens each."""
@@ -863,12 +871,13 @@ class Trainer:
             groups = informative if self.at_rest and epoch == 0 else torch.ones_like(informative)       # (B,)
             chosen = groups[RANK * b:RANK * b + b].repeat_interleave(n)                                # (b * n,)
             logp, parts = torch.zeros(real.shape, device=self.device), micro_batches(chosen)
-            with torch.set_grad_enabled(len(parts) == 1):
-                outs = [log_policy(rows) for rows in parts]
-            with torch.no_grad():
-                for rows, out in zip(parts, outs):
-                    logp[rows] = out
-                if epoch == 0 and c.epochs > 1:
+            whole = len(parts) == 1                                                # then one forward serves both passes
+            for rows in parts:
+                with torch.set_grad_enabled(whole):
+                    out = log_policy(rows)
+                logp[rows] = out.detach()
+            if epoch == 0 and c.epochs > 1:
+                with torch.no_grad():
                     for rows in micro_batches(~chosen):
                         logp[rows] = log_policy(rows)
             logp = gather(logp.view(b, K, T)).requires_grad_()                                         # (B, K, T)
@@ -882,9 +891,9 @@ class Trainer:
             loss = loss * groups.float().mean()                          # groups left out count in the mean over groups
             loss.backward()
             slope = logp.grad.view(RANKS, b * n, self.share, T)[RANK]      # dL/dlogp: exact however the rows are split
-            for i, rows in enumerate(parts):
-                if len(parts) == 1 or slope[rows].any():                 # a row of zero weight needs no backward
-                    (outs[0] if len(parts) == 1 else log_policy(rows)).backward(slope[rows])
+            for rows in parts:
+                if whole or slope[rows].any():                           # a row of zero weight needs no backward
+                    (out if whole else log_policy(rows)).backward(slope[rows])
             self.add_gradients()
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained])
             if not (loss + norm).isfinite():
@@ -959,11 +968,8 @@ class Trainer:
     def state(self):
         return dict(config=asdict(self.c), device=self.device.type, step=self.step, seconds=self.seconds,
                     records=self.records, recent=self.recent, tally=self.tally, rng=self.rng.getstate(),
-                    generator=self.generator.get_state(), model=self.trained_state(),
-                    optimizer=self.optimizer.state_dict())
-
-    def trained_state(self):
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+                    generator=self.generator.get_state(), optimizer=self.optimizer.state_dict(),
+                    model={name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad})
 
     def restore(self, path):
         saved = load_run(self.c, path)
@@ -993,14 +999,15 @@ class Trainer:
         c, path = self.c, folder / "checkpoint.pt"
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)                    # of this run, not of those before it
-        for unfinished in folder.glob("*.tmp") if not RANK else ():                       # of a run killed while it wrote
+        for unfinished in folder.glob("*.tmp") if not RANK else ():                     # of a run killed while it wrote
             unfinished.unlink()
         if c.resume and path.exists():
             self.restore(path)
         else:
             self.warm_start(warm_folder, stop)
         params = sum(p.numel() for p in self.model.parameters())
-        print(f"{c.algo}: {params:,} parameters, {self.enc.n_vocab} tokens, {self.device}; e.g. {self.exam[0][0][:200]!r}")
+        print(f"{c.algo}: {params:,} parameters, {self.enc.n_vocab} tokens, {self.device}; "
+              f"e.g. {self.exam[0][0][:200]!r}")
         begun, first, spent = time.time() - self.seconds, self.step, self.seconds
         while True:
             self.seconds = time.time() - begun
@@ -1041,7 +1048,7 @@ class Trainer:
         print(f"{label(asdict(c))} took {c.task} from {before:.1%} to {after:.1%} pass@1 (greedy {greedy:.1%}) on "
               f"{len(self.exam)} {c.eval_set} puzzles in {c.steps} updates and {seconds:.0f} s, warm start included")
         if c.export:
-            export_model(merge_lora(self.model) if c.lora_rank else self.model, Path(c.export), c.init_from)
+            export_model(merge_lora(self.model), Path(c.export), c.init_from)
             print(f"wrote the model to {c.export}")
         if stop:
             fail("stopped after the last update; the run is complete", 130)
@@ -1111,7 +1118,8 @@ def load(path):
 def load_run(c, path):
     """The checkpoint at path if c may continue it."""
     saved = load(path)
-    if not isinstance(saved, dict) or not {"config", "device", "optimizer", "tally"} <= saved.keys():
+    if not isinstance(saved, dict) or saved.keys() != {"config", "device", "step", "seconds", "records", "recent",
+                                                       "tally", "rng", "generator", "optimizer", "model"}:
         fail(f"--resume: {path} is no checkpoint of this version of this script")
     for name, value in (asdict(c) | {"device": pick_device(c.device).type}).items():
         was = saved["device"] if name == "device" else saved["config"].get(name)
@@ -1218,7 +1226,7 @@ def plan(argv):
     if shared.resume and not any((folder / "checkpoint.pt").exists() for _, folder, _ in runs):
         fail(f"--resume: there is no {runs[0][1] / 'checkpoint.pt'}; leave it out, or name the run's folder with --out")
     for c, folder, _ in runs:
-        if c.resume and (folder / "checkpoint.pt").exists():
+        if len(runs) > 1 and c.resume and (folder / "checkpoint.pt").exists():
             load_run(c, folder / "checkpoint.pt")                              # before hours of other runs, not after
         try:
             folder.mkdir(parents=True, exist_ok=True)

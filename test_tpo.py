@@ -491,9 +491,9 @@ def test_micro_batches_and_recomputing_give_the_same_update(algo, flags, monkeyp
     monkeypatch.setattr(llm_rlvr, "score", lambda *a: scores)
 
     def after(*flags):
-        t = llm_rlvr.Trainer(llm_rlvr.parse([*TINY, "--algo", algo, "--epochs", "2", "--max-new-tokens", "40", *flags]))
+        t = llm_rlvr.Trainer(llm_rlvr.parse([*TINY, "--algo", algo, "--epochs", "2", "--max-new-tokens", "40", "--lr", "0.01",
+                                              *flags]))
         t.end, t.optimizer = -1, torch.optim.SGD(t.model.parameters(), 1.0)        # no end: all completions have 40 tokens
-        t.c = llm_rlvr.parse([*TINY, "--algo", algo, "--epochs", "2", "--max-new-tokens", "40", "--lr", "0.01", *flags])
         calls = []
         t.token_logp = lambda *a: (calls.append(len(a[1])), llm_rlvr.token_logp(*a))[1]
         t.model.model["embed_tokens"].weight.data *= 0.5
@@ -733,6 +733,13 @@ def test_tasks_for_pretrained_models_name_what_is_missing(tmp_path, capsys, monk
     one_line(lambda: found([*init, "chess"]), capsys, "--task chess knights_knaves gsm8k jsonl rg:NAME")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     one_line(lambda: found([*init, "rg:leg_counting"]), capsys, "--task rg:leg_counting pip install reasoning-gym")
+
+
+def test_errors_of_a_checker_are_not_hidden():
+    enc = llm_rlvr.make_encoding(llm_rlvr.TASKS["addition"])
+    y = torch.tensor([[[*enc.encode_ordinary("42"), enc.n_vocab - 1]]])
+    with pytest.raises(KeyError, match="typo"):
+        llm_rlvr.score(types.SimpleNamespace(check=lambda key, answer: {}["typo"]), enc, enc.n_vocab - 1, [("40+2=", "42")], y)
 
 
 def test_unfinished_completion_scores_zero():
@@ -1195,6 +1202,9 @@ def test_pretrained_run_from_command_line_to_export(extra, tmp_path, capsys):
     start = llm_rlvr.read_model(model)
     moved = [name for name, p in trained.named_parameters() if not torch.equal(p, start.state_dict()[name])]
     assert moved and (not extra or all("_proj" in name for name in moved))
+    llm_rlvr.main([*full, "--resume"])
+    for a, b in zip(trained.parameters(), llm_rlvr.read_model(tmp_path / "export").parameters(), strict=True):
+        assert torch.equal(a, b)
     saved = torch.load(tmp_path / "full" / "checkpoint.pt", weights_only=True)["model"]
     assert saved.keys() == {name for name, p in llm_rlvr.Trainer(llm_rlvr.parse(full)).model.named_parameters() if p.requires_grad}
 

@@ -83,20 +83,19 @@ def failed_saves(folder):
     """(name, exit status, stderr, whether the checkpoint stayed as it was) of runs that cannot save."""
     checkpoint = folder / "checkpoint.pt"
 
-    def full():                                                               # the child's pid is in the file's name
-        (folder / f"checkpoint.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
-
-    for name, prepare in (("file size limit", limit_size), ("disk full", full)):
-        saved, process = checkpoint.read_bytes(), start(folder, preexec_fn=prepare)
-        error = process.communicate()[1]
+    saved, process = checkpoint.read_bytes(), start(folder, preexec_fn=limit_size)
+    error = process.communicate()[1]
+    yield "file size limit", process.returncode, error, checkpoint.read_bytes() == saved
+    spoil = {"disk full": lambda pid: (folder / f"checkpoint.pt.{pid}.tmp").symlink_to("/dev/full"),
+             "folder made read-only": lambda pid: folder.chmod(0o555)}
+    for name, act in spoil.items():                                        # a start removes what a killed write left behind
+        checkpoint.unlink()
+        process = start(folder, preexec_fn=bind_root)
+        while not checkpoint.exists() and process.poll() is None:
+            time.sleep(0.01)
+        act(process.pid)
+        saved, error = checkpoint.read_bytes(), process.communicate()[1]
         yield name, process.returncode, error, checkpoint.read_bytes() == saved
-    checkpoint.unlink()
-    process = start(folder, preexec_fn=bind_root)
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.01)
-    folder.chmod(0o555)
-    saved, error = checkpoint.read_bytes(), process.communicate()[1]
-    yield "folder made read-only", process.returncode, error, checkpoint.read_bytes() == saved
     folder.chmod(0o755)
 
 
