@@ -28,6 +28,7 @@ from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 import tiktoken
 import torch
@@ -407,21 +408,21 @@ class GPT(nn.Module):
         if c.tied:
             self.lm_head.weight = self.model["embed_tokens"].weight
 
-    def forward(self, tokens, pos, mask, cache=None, start=0):
-        """Final hidden states (B, S, width) of tokens (B, S) at rotary positions pos (B, S).
+    def forward(self, tokens, pos, attend):
+        """Final hidden states (..., width) of tokens (...) at rotary positions pos (...).
 
-        mask (B, 1, S, keys) is True where a query sees a key. cache: one (2, B, kv_heads, slots, head_dim) tensor per
-        layer; the new keys and values go to slots start ... start + S - 1, and keys are slots 0 ... start + S - 1.
+        Who sees whom is the caller's: attend(i, q, k, v) is the attention of layer i, from queries (..., heads, D) and
+        keys and values (..., kv_heads, D), D = head_dim, to (..., heads, D).
         """
         c = self.config
         frequency = c.theta ** -(torch.arange(0, c.head_dim, 2, device=tokens.device) / c.head_dim)
-        angle = (pos[..., None] * frequency).repeat(1, 1, 2)[:, :, None]                                  # (B, S, 1, D)
+        angle = torch.cat((pos[..., None] * frequency,) * 2, -1)[..., None, :]                           # (..., 1, D)
         rope, x = (angle.cos(), angle.sin()), self.model["embed_tokens"](tokens)
         for i, block in enumerate(self.model["layers"]):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, None, start, use_reentrant=False)
+                x = checkpoint(block, x, rope, partial(attend, i), use_reentrant=False)
             else:
-                x = block(x, rope, mask, None if cache is None else cache[i], start)
+                x = block(x, rope, partial(attend, i))
         return self.model["norm"](x)
 
 
@@ -431,8 +432,8 @@ class Block(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(c.width, c.eps), nn.RMSNorm(c.width, c.eps)
         self.self_attn, self.mlp = Attention(c), MLP(c)
 
-    def forward(self, x, rope, mask, cache, start):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, start)
+    def forward(self, x, rope, attend):
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -449,16 +450,10 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x, rope, mask, cache, start):
+    def forward(self, x, rope, attend):
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q.float()), rope), rotate(self.k_norm(k.float()), rope)                 # (B, S, H, D)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                                  # (B, H, S, D)
-        if cache is not None:
-            end = start + x.shape[1]
-            cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
-            k, v = cache[:, :, :, :end]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        q, k = rotate(self.q_norm(q.float()), rope), rotate(self.k_norm(k.float()), rope)             # (..., heads, D)
+        return self.o_proj(attend(q, k, v).flatten(-2))
 
 
 def rotate(x, rope):
@@ -676,60 +671,69 @@ def merge_lora(model):
 
 
 # ------------------------------------------------------------------- one prompt, K completions: sample, log-prob, score
-def layout(valid, K, T):
-    """Mask (B, 1, S, S), True where a query sees a key, and rotary positions (B, S) of B rows of S = P + K * T tokens.
+def attention(q, k, v, mask):
+    """From queries (B, S, heads, D) on keys and values (B, S', kv_heads, D); mask (B, 1, S, S') is True where one sees.
 
-    A prompt and its K completions share a row, [P prompt tokens | token t of candidate k at P + t * K + k], so that the
-    prompt is computed once: a completion sees the prompt (valid (B, P): not its padding) and itself, not its siblings.
+    The G query heads of a key head become further queries: on CUDA no fused kernel takes both a mask and enable_gqa.
     """
-    P, device = valid.shape[1], valid.device
-    slot = torch.arange(K * T, device=device)
-    owner = F.pad(slot % K, (P, 0), value=-1)                                        # (S,) candidate, -1 for the prompt
-    column = torch.cat((torch.arange(P, device=device), P + slot // K))                # (S,) place in its own sequence
-    sees = (column <= column[:, None]) & ((owner == -1) | (owner == owner[:, None]))   # (S, S)
-    sees = sees & F.pad(valid, (0, K * T), value=True)[:, None]                        # (B, S, S)
-    sees = sees | torch.eye(P + K * T, dtype=torch.bool, device=device)     # padding too: a softmax over nothing is NaN
-    return sees[:, None], (column - (P - valid.sum(1, keepdim=True))).clamp(min=0)
+    S, kv_heads, G = q.shape[1], k.shape[2], q.shape[2] // k.shape[2]
+    q = q.unflatten(2, (kv_heads, G)).permute(0, 2, 3, 1, 4).flatten(2, 3)                   # (B, kv_heads, G * S, D)
+    y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask.repeat(1, 1, G, 1))
+    return y.unflatten(2, (G, S)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def causal(valid):
+    """Mask (B, 1, P, P) of left-padded prompts, valid (B, P) False on padding, and their rotary positions (B, P)."""
+    mask = torch.ones(valid.shape[1], valid.shape[1], dtype=torch.bool, device=valid.device).tril() & valid[:, None]
+    mask = mask | torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)      # a softmax over nothing is NaN
+    return mask[:, None], (valid.cumsum(1) - 1).clamp(min=0)
 
 
 @torch.no_grad()
-def sample(model, tokens, valid, K, T, end, generator, greedy=False, share=None, shard=(0, 1)):
+def sample(model, tokens, valid, K, T, end, generator, greedy=False, shard=(0, 1)):
     """K completions y (B, K, T) of each prompt, real (B, K, T): True up to the end token and on it, fp32 log-probs.
 
     Temperature 1 without top-k or top-p: any other sampler is not the policy whose log-probs are trained.
-    share: how many completions of a prompt lie in one row of `layout`: all K by default, and 1 where T is long.
     shard (rank, ranks): the noise is drawn for all ranks, so that the samples do not depend on their number.
     """
-    c, (B, P), kind, share = model.config, tokens.shape, tokens.device.type, share or K
-    n, (rank, ranks) = K // share, shard                                              # n rows a prompt
-    mask, pos = layout(valid, share, T - 1)                                           # the last token is never an input
+    c, (B, P), kind, (rank, ranks) = model.config, tokens.shape, tokens.device.type, shard
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    cache = [torch.empty(2, B * n, c.kv_heads, P + share * (T - 1), c.head_dim, device=tokens.device, dtype=dtype)
-             for _ in range(c.layers)]
-    h = model(tokens, pos[:, :P], mask[:, :, :P, :P], [x[:, ::n] for x in cache])[:, -1:]              # (B, 1, width)
-    for x in cache:                                         # a prompt is computed once and copied to its other rows
-        x[:, :, :, :P] = x[:, ::n, :, :P].repeat_interleave(n, 1)
-    mask, pos, h = (x.repeat_interleave(n, 0) for x in (mask, pos, h.expand(-1, share, -1)))
-    y = torch.full((B * n, share, T), end, device=tokens.device)
-    logps, rows = torch.zeros(y.shape, device=tokens.device), torch.arange(B * n, device=tokens.device)
+    cache = [torch.empty(2, B * K, c.kv_heads, P + T - 1, c.head_dim, device=tokens.device, dtype=dtype)
+             for _ in range(c.layers)]                                          # the last token is never an input
+    mask, pos = causal(valid)
+
+    def read_prompts(i, q, k, v):                           # a prompt is computed once and copied to its K completions
+        cache[i][:, :, :, :P] = torch.stack((k, v)).transpose(2, 3).repeat_interleave(K, 1)
+        return attention(q, k, v, mask)
+
+    def read_token(i, q, k, v):                                 # q (rows, 1, heads, D), at slot P + t of the cache
+        cache[i][0, :, :, P + t], cache[i][1, :, :, P + t] = k[:, 0], v[:, 0]
+        k, v = cache[i][:, :, :, :P + t + 1]                                               # (rows, kv_heads, slots, D)
+        weight = (q.view(len(q), c.kv_heads, -1, c.head_dim) * c.head_dim ** -0.5) @ k.mT  # (rows, kv_heads, G, slots)
+        weight = weight.masked_fill(~sees[:, None, None, :P + t + 1], -torch.inf).softmax(-1)
+        return (weight.to(v) @ v).view(q.shape)
+
+    h = model(tokens, pos, read_prompts)[:, -1:].repeat_interleave(K, 0)                             # (rows, 1, width)
+    pos, sees = (x.repeat_interleave(K, 0) for x in (pos[:, -1:], F.pad(valid, (0, T - 1), value=True)))
+    y = torch.full((B * K, T), end, device=tokens.device)
+    logps, rows = torch.zeros(y.shape, device=tokens.device), torch.arange(B * K, device=tokens.device)
     for t in range(T):
-        logp = model.lm_head(h).float().log_softmax(-1)                                          # (rows, share, V)
-        gumbel = 0 if greedy else -torch.empty(ranks * B * n, share, logp.shape[-1], device=tokens.device).exponential_(
-            generator=generator)[rank * B * n + rows].log()
-        token = (logp + gumbel).argmax(-1)                                      # (rows, share) ~ softmax, no host sync
-        y[rows, :, t], logps[rows, :, t] = token, logp.gather(-1, token[..., None])[..., 0]
+        logp = model.lm_head(h[:, 0]).float().log_softmax(-1)                                              # (rows, V)
+        gumbel = 0 if greedy else -torch.empty(ranks * B * K, logp.shape[-1], device=tokens.device).exponential_(
+            generator=generator)[rank * B * K + rows].log()
+        token = (logp + gumbel).argmax(-1, keepdim=True)                             # (rows, 1) ~ softmax, no host sync
+        y[rows, t], logps[rows, t] = token[:, 0], logp.gather(-1, token)[:, 0]
         if t == T - 1:
             break
         if t % 16 == 15:                                    # the batch shrinks; it costs a host sync, so not each token
-            going = ~(y[rows, :, :t + 1] == end).any(-1).all(-1)                                       # (rows,)
+            going = ~(y[rows, :t + 1] == end).any(-1)                                                      # (rows,)
             if not going.any():
                 break
             if going.float().mean() <= 0.75:
-                rows, mask, pos, token = (x[going] for x in (rows, mask, pos, token))
+                rows, sees, pos, token = (x[going] for x in (rows, sees, pos, token))
                 for i, x in enumerate(cache):
                     cache[i] = x[:, going]
-        now = slice(P + t * share, P + t * share + share)
-        h = model(token, pos[:, now], mask[:, :, now, :now.stop], cache, now.start)
+        h = model(token, pos + 1 + t, read_token)
     y, logps = y.view(B, K, T), logps.view(B, K, T)
     real = up_to_end(y, end)
     return y, real, logps.masked_fill(~real, 0)
@@ -740,21 +744,38 @@ def up_to_end(y, end):
     return (y == end).cumsum(-1) - (y == end).int() == 0
 
 
-def token_logp(model, tokens, valid, y):
-    """fp32 log-probs (B, K, T) of completions y (B, K, T) after prompts tokens (B, P), with gradient."""
-    (B, K, T), P = y.shape, tokens.shape[1]
-    mask, pos = layout(valid, K, T - 1)
-    slots = y.transpose(1, 2).flatten(1)                                                               # (B, T * K)
-    h = model(torch.cat((tokens, slots[:, :-K]), 1), pos, mask)                                        # (B, S, width)
-    h = torch.cat((h[:, P - 1:P].expand(-1, K, -1), h[:, P:]), 1)              # the last prompt token predicts each y_1
+def token_logp(model, tokens, valid, y, of):
+    """fp32 log-probs (R, T) of completions y (R, T), with gradient. y[i] follows prompt of[i] of tokens (B, P).
+
+    Prompts and completions go through the model as one list of tokens, so that a prompt is computed once for all of
+    its completions; a completion attends to its prompt and to itself.
+    """
+    (B, P), (R, T) = tokens.shape, y.shape
+    mask, pos = causal(valid)
+    own = torch.ones(T - 1, T - 1, dtype=torch.bool, device=y.device).tril().expand(R, -1, -1)
+    sees = torch.cat((valid[of][:, None].expand(-1, T - 1, -1), own), 2)[:, None]             # (R, 1, T - 1, P + T - 1)
+    later = pos[of, -1:] + 1 + torch.arange(T - 1, device=y.device)                                     # (R, T - 1)
+
+    def parts(x):                                           # of the list, (B, P, ...) and (R, T - 1, ...)
+        return x[:B * P].unflatten(0, (B, P)), x[B * P:].unflatten(0, (R, T - 1))
+
+    def attend(_, q, k, v):
+        (q, q_own), *kv = map(parts, (q, k, v))
+        k, v = (torch.cat((x.index_select(0, of), x_own), 1) for x, x_own in kv)               # (R, P + T - 1, kv, D)
+        y = attention(q, *(x for x, _ in kv), mask), attention(q_own, k, v, sees)
+        return torch.cat([x.flatten(0, 1) for x in y])
+
+    h, h_own = parts(model(torch.cat((tokens.flatten(), y[:, :-1].flatten())),
+                           torch.cat((pos.flatten(), later.flatten())), attend))
+    h = torch.cat((h[:, -1:].index_select(0, of), h_own), 1)                   # the last prompt token predicts each y_1
 
     def nll(h, target):
         return F.cross_entropy(model.lm_head(h).float(), target, reduction="none")
 
-    at_once = max(1, 2**24 // model.config.vocab)           # 64 MB of logits, made again in the backward, not B*T*K*V
-    parts = list(zip(h.flatten(0, 1).split(at_once), slots.flatten().split(at_once)))
-    parts = [nll(*part) if len(parts) == 1 else checkpoint(nll, *part, use_reentrant=False) for part in parts]
-    return -torch.cat(parts).view(B, T, K).transpose(1, 2)
+    at_once = max(1, 2**24 // model.config.vocab)              # 64 MB of logits, made again in the backward, not R*T*V
+    chunks = list(zip(h.flatten(0, 1).split(at_once), y.flatten().split(at_once)))
+    chunks = [nll(*chunk) if len(chunks) == 1 else checkpoint(nll, *chunk, use_reentrant=False) for chunk in chunks]
+    return -torch.cat(chunks).view(R, T)
 
 
 def score(task, enc, end, items, y):
@@ -798,6 +819,15 @@ def algorithms(c):
             "cispo": (baselines.cispo_loss, False, False)}
 
 
+class Batch(NamedTuple):
+    """The rollouts of one update on this rank: b prompts, b * K rows."""
+    tokens: torch.Tensor     # (b, P) prompts, padded on the left
+    valid: torch.Tensor      # (b, P) False on padding
+    y: torch.Tensor          # (b * K, T) completions
+    real: torch.Tensor       # (b * K, T) True up to and including the end token
+    of: torch.Tensor         # (b * K,) the prompt of each row
+
+
 class Trainer:
     """One run: model, optimizer, random states, log. Everything a checkpoint must hold is in `state`."""
 
@@ -818,7 +848,6 @@ class Trainer:
         self.model.to(self.device).recompute = c.recompute
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.token_logp = torch.compile(token_logp) if c.compile else token_logp
-        self.share = c.candidates if c.max_new_tokens <= 32 else 1    # completions of a prompt in one row: see `layout`
         self.optimizer = self.adamw(c.lr)
         self.rng, self.generator = random.Random(c.seed), torch.Generator(self.device).manual_seed(c.seed)
         self.exam = exam(self.task, c.eval_set, c.eval_puzzles)
@@ -835,65 +864,52 @@ class Trainer:
     def update(self):
         """sample -> score -> target -> fit, once. Returns the metrics. A non-finite step is a FloatingPointError."""
         c, begun = self.c, time.time()
-        B, K = c.prompts, c.candidates
-        b, n = B // RANKS, K // self.share                             # this rank's prompts, rows that each of them has
-        items = puzzles(self.task, self.rng, B, "train")[RANK * b:RANK * b + b]           # whole groups to each rank
+        B, K, b = c.prompts, c.candidates, c.prompts // RANKS
+        mine = slice(RANK * b, RANK * b + b)                                             # whole groups to each rank
+        items = puzzles(self.task, self.rng, B, "train")[mine]
         tokens, valid = encode_prompts(self.encode, items, self.device)
         with self.autocast():
             y, real, logp = sample(self.model, tokens, valid, K, c.max_new_tokens, self.end, self.generator,
-                                   share=self.share, shard=(RANK, RANKS))
+                                   shard=(RANK, RANKS))                                                # (b, K, T)
         R = gather(score(self.task, self.enc, self.end, items, y).to(self.device))                     # (B, K)
         informative = (standardize(R) != 0).any(-1)                                                    # (B,)
-        all_real, logp, ended = gather(real), gather(logp), gather((y == self.end).any(-1))
-        metrics = diagnose(self.total(logp, all_real), logp, all_real, ended, R, c)
-        sampled, sampled_tokens = time.time(), int(all_real.sum())
-
-        T, trained_tokens = int(all_real.sum(-1).max()), 0
-        y, real, all_real = y[..., :T].reshape(b * n, -1, T), real[..., :T].reshape(b * n, -1, T), all_real[..., :T]
-        tokens, valid = tokens.repeat_interleave(n, 0), valid.repeat_interleave(n, 0)                  # (b * n, P)
-        lengths = real.sum(-1).amax(-1)                                                                # (b * n,)
+        seen, logp_old, ended = gather(real), gather(logp), gather((y == self.end).any(-1))
+        metrics = diagnose(self.total(logp_old, seen), logp_old, seen, ended, R, c)
         metrics["grad_norm"] = R.new_zeros(())                                  # of the first epoch; 0 if there is none
+        sampled, sampled_tokens, trained_tokens = time.time(), int(seen.sum()), 0
 
-        def log_policy(rows):
-            t = int(lengths[rows].max())
-            with self.autocast():
-                logp = self.token_logp(self.model, tokens[rows], valid[rows], y[rows, :, :t])
-            return F.pad(logp, (0, T - t)).masked_fill(~real[rows], 0)                                # (rows, share, T)
-
-        def micro_batches(chosen):
-            """The chosen rows (b * n,), longest first, in parts of at most --micro-tokens tokens each."""
-            rows = lengths.masked_fill(~chosen, -1).argsort(descending=True, stable=True)[:chosen.sum()]
-            return rows.split(max(1, c.micro_tokens // (tokens.shape[1] + self.share * T))) if len(rows) else ()
-
+        T = int(seen.sum(-1).max())
+        seen, logp_old, y, real = (x[..., :T] for x in (seen, logp_old, y, real))
+        batch = Batch(tokens, valid, y.flatten(0, 1), real.flatten(0, 1),
+                      torch.arange(b, device=self.device).repeat_interleave(K))
+        # p = p_old is known from sampling, but in bf16 a second epoch needs p_old from a forward like its own
+        known = c.epochs == 1 or self.device.type != "cuda"
         self.optimizer.param_groups[0]["lr"] = c.lr * warmup(self.step) * (1 - self.step / c.steps)
         for epoch in range(c.epochs if not self.at_rest or informative.any() else 0):
             # a group without gradient is left out: AdamW would make a step of its rounding error
-            groups = informative if self.at_rest and epoch == 0 else torch.ones_like(informative)       # (B,)
-            chosen = groups[RANK * b:RANK * b + b].repeat_interleave(n)                                # (b * n,)
-            logp, parts = torch.zeros(real.shape, device=self.device), micro_batches(chosen)
-            whole = len(parts) == 1                                                # then one forward serves both passes
-            for rows in parts:
-                with torch.set_grad_enabled(whole):
-                    out = log_policy(rows)
-                logp[rows] = out.detach()
-            if epoch == 0 and c.epochs > 1:
-                with torch.no_grad():
-                    for rows in micro_batches(~chosen):
-                        logp[rows] = log_policy(rows)
-            logp = gather(logp.view(b, K, T)).requires_grad_()                                         # (B, K, T)
-            if epoch == 0:
-                logp_old = logp.detach()             # not the sampler's: in bf16 it differs, and p != p_old
-            old, r, seen = logp_old[groups], R[groups], all_real[groups]
-            if self.grouped:                                             # builds q; logp_old and R keep it
-                loss = self.loss(self.total(logp[groups], seen), self.total(old, seen), r)
+            groups = informative if self.at_rest and epoch == 0 else torch.ones_like(informative)      # (B,)
+            parts, graph = self.micro_batches(batch, groups[mine]), None
+            if epoch == 0 and known:
+                logp = logp_old.clone()
             else:
-                loss = self.loss(logp[groups], old, r, mask=seen)
+                logp, graph = self.forward(batch, parts)
+                if epoch == 0:
+                    logp = logp + self.forward(batch, self.micro_batches(batch, ~groups[mine]))[0]
+                    logp_old = gather(logp.view(b, K, T))
+                logp = gather(logp.view(b, K, T))
+            logp.requires_grad_()                                                                      # (B, K, T)
+            now, old, r, mask = (x[groups] for x in (logp, logp_old, R, seen))
+            if self.grouped:                                                       # tpo_loss builds q from old and r
+                loss = self.loss(self.total(now, mask), self.total(old, mask), r)
+            else:
+                loss = self.loss(now, old, r, mask=mask)
             loss = loss * groups.float().mean()                          # groups left out count in the mean over groups
-            loss.backward()
-            slope = logp.grad.view(RANKS, b * n, self.share, T)[RANK]      # dL/dlogp: exact however the rows are split
-            for rows in parts:
-                if whole or slope[rows].any():                           # a row of zero weight needs no backward
-                    (out if whole else log_policy(rows)).backward(slope[rows])
+            slope = torch.autograd.grad(loss, logp)[0][mine].flatten(0, 1)           # (b * K, T), p - q on each token
+            for rows in parts:                                                # dL/dlogp is exact however rows are split
+                if graph is not None:
+                    graph.backward(slope[rows])
+                elif len(rows := rows[slope[rows].any(-1)]):                         # zero weight needs no backward
+                    self.log_policy(batch, rows).backward(slope[rows])
             self.add_gradients()
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained])
             if not (loss + norm).isfinite():
@@ -902,7 +918,7 @@ class Trainer:
                 metrics["grad_norm"] = norm
             self.optimizer.step()
             self.optimizer.zero_grad()
-            trained_tokens += int(valid[chosen][::n].sum() + real[chosen].sum()) * RANKS
+            trained_tokens += int(valid[groups[mine]].sum() + real[groups[mine]].sum()) * RANKS
 
         metrics = dict(zip(metrics, (round(x, 5) for x in torch.stack(list(metrics.values())).tolist())))
         for name, amount in dict(sample_tokens=sampled_tokens, sample_seconds=sampled - begun,
@@ -911,15 +927,39 @@ class Trainer:
             self.tally[name] += amount
         return metrics
 
+    def micro_batches(self, batch, groups):
+        """Rows of the prompts that groups (b,) names, by prompt and length, in parts of about --micro-tokens tokens."""
+        (R, T), P = batch.y.shape, batch.tokens.shape[1]
+        rows = (batch.of * (T + 1) - batch.real.sum(-1)).argsort()
+        rows = rows[groups[batch.of[rows]]]
+        return rows.split(max(1, self.c.micro_tokens // (T + P // self.c.candidates))) if len(rows) else ()
+
+    def log_policy(self, batch, rows):
+        """Log-probs (rows, T) under the current policy, 0 on padding, with gradient."""
+        t, (prompts, of) = int(batch.real[rows].sum(-1).max()), batch.of[rows].unique(return_inverse=True)
+        with self.autocast():
+            logp = self.token_logp(self.model, batch.tokens[prompts], batch.valid[prompts], batch.y[rows, :t], of)
+        return F.pad(logp, (0, batch.y.shape[1] - t)).masked_fill(~batch.real[rows], 0)
+
+    def forward(self, batch, parts):
+        """Log-probs (b * K, T) of the rows in parts, detached, 0 elsewhere; with gradient as well if it is one part."""
+        logp, graph = torch.zeros(batch.y.shape, device=self.device), None
+        for rows in parts:
+            with torch.set_grad_enabled(len(parts) == 1):
+                graph = self.log_policy(batch, rows)
+            logp[rows] = graph.detach()
+        return logp, graph if len(parts) == 1 else None
+
     def total(self, logp, real):
         """Log-probs (..., K) of whole completions, or with --length-normalize their means over tokens."""
         return logp.sum(-1) / (real.sum(-1) if self.c.length_normalize else 1)
 
     def add_gradients(self):
-        """Of all ranks: the loss is a mean over the groups of all. A rank without rows to train on adds zeros."""
-        for p in self.trained if RANKS > 1 else ():
+        """Of all ranks: the loss is a mean over the groups of all. Without rows to train on they are zeros."""
+        for p in self.trained:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            distributed.all_reduce(p.grad)
+            if RANKS > 1:
+                distributed.all_reduce(p.grad)
 
     def evaluate(self):
         """pass@1 on the fixed puzzles: four samples each at temperature 1, and greedy."""
@@ -930,7 +970,7 @@ class Trainer:
                 items = self.exam[i:i + n]
                 with self.autocast():
                     y, *_ = sample(self.model, *encode_prompts(self.encode, items, self.device), K,
-                                   self.c.max_new_tokens, self.end, generator, greedy, min(K, self.share))
+                                   self.c.max_new_tokens, self.end, generator, greedy)
                 right.append((score(self.task, self.enc, self.end, items, y) == 1).float())
             rates[name] = torch.cat(right).mean().item()
         return rates
@@ -955,10 +995,11 @@ class Trainer:
             tokens, valid = encode_prompts(self.encode, items, self.device)
             answers = [self.encode(self.task.guess(rng, key)) + [self.end] for _, key in items]
             T = max(map(len, answers))
-            y = torch.tensor([[a + [self.end] * (T - len(a))] for a in answers], device=self.device)   # (64, 1, T)
+            y = torch.tensor([a + [self.end] * (T - len(a)) for a in answers], device=self.device)         # (64, T)
             optimizer.param_groups[0]["lr"] = 2e-3 * warmup(step)
             with self.autocast():
-                loss = -token_logp(self.model, tokens, valid, y)[up_to_end(y, self.end)].mean()
+                logp = token_logp(self.model, tokens, valid, y, torch.arange(len(y), device=self.device))
+            loss = -logp[up_to_end(y, self.end)].mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -1254,6 +1295,7 @@ def compare(logs):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")        # else sums in MKL depend on addresses and thread timing
     if RANK:
         sys.stdout = open(os.devnull, "w")                                                   # the first process speaks
     if parse(argv).plot:

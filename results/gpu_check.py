@@ -30,8 +30,16 @@ t = llm_rlvr.Trainer(llm_rlvr.parse(["--device", "cuda"]))
 tokens, valid = llm_rlvr.encode_prompts(t.encode, t.exam[:32], t.device)
 with t.autocast():
     y, real, sampled = llm_rlvr.sample(t.model, tokens, valid, 16, 7, t.end, t.generator)
-    trained = llm_rlvr.token_logp(t.model, tokens, valid, y).masked_fill(~real, 0)
-exact = llm_rlvr.token_logp(t.model, tokens, valid, y).masked_fill(~real, 0)
+
+
+def log_policy():
+    of = torch.arange(32, device=t.device).repeat_interleave(16)
+    return llm_rlvr.token_logp(t.model, tokens, valid, y.flatten(0, 1), of).view(y.shape).masked_fill(~real, 0)
+
+
+with t.autocast():
+    trained = log_policy()
+exact = log_policy()
 show("log-probs", bf16_sampler_minus_trainer=(sampled - trained).abs().max().item(),
      bf16_minus_fp32=(trained - exact).abs().max().item())
 

@@ -34,7 +34,7 @@ def spread(model, data, groups=5):
         for i in range(sum(r["task"] == task for r in lines()), groups):
             t.generator.manual_seed(i)
             prompt = llm_rlvr.encode_prompts(t.encode, t.exam[i:i + 1], t.device)
-            y, real, logp = llm_rlvr.sample(t.model, *prompt, 16, 200, t.end, t.generator, share=1)
+            y, real, logp = llm_rlvr.sample(t.model, *prompt, 16, 200, t.end, t.generator)
             R = llm_rlvr.score(t.task, t.enc, t.end, t.exam[i:i + 1], y)
             record = dict(task=task, group=i, logp=logp.sum(-1)[0].tolist(), tokens=real.sum(-1)[0].tolist(), score=R[0].tolist())
             with SPREAD.open("a") as f:

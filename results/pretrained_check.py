@@ -26,8 +26,7 @@ other = sum(encode(chat[0]["content"]) != peer.apply_chat_template(chat, add_gen
 print(f"chat prompts: {other} of {len(chats)} differ")
 
 model, ids = llm_rlvr.read_model(folder), torch.tensor([encode(rows[0]["question"])])
-valid = torch.ones_like(ids, dtype=torch.bool)
-mask, pos = llm_rlvr.layout(valid, 1, 0)
+mask, pos = llm_rlvr.causal(torch.ones_like(ids, dtype=torch.bool))
 with torch.no_grad():
-    ours, theirs = model.lm_head(model(ids, pos, mask)), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    ours, theirs = model.lm_head(model(ids, pos, lambda _, *qkv: llm_rlvr.attention(*qkv, mask))), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
 print(f"logits of {ids.shape[1]} tokens: largest difference {(ours - theirs).abs().max():.1e}, largest {theirs.abs().max():.1f}")
