@@ -355,18 +355,18 @@ def weights(run, logp, logp_old, scores):
     return w[..., None].expand_as(logp) if run.algo in GROUPED else w
 
 
-def can_pull(run, y, scores):
-    """(S, N) bool: sequences that can have a gradient on a later epoch, when p has left p_old."""
+def can_pull(run, choice, scores):
+    """(S, N) bool: sequences that can have a gradient on a later epoch, when p has left p_old. choice as in episode."""
     S, B = scores.shape[:2]
-    if run.algo in ("tpo", "tpo_no_anchor"):                             # K equal candidates: p = q = 1 / K for ever
-        y = y.view(S, B, run.K, -1)
-        groups = (y != y[:, :, :1]).any(-1).any(-1)
+    if run.algo.startswith("tpo"):                                       # K equal candidates: p = q = 1 / K for ever
+        choice = choice.view(S, B, run.K, -1).mT if run.algo in GROUPED else choice       # (S, B, H, K)
+        groups = (choice != choice[..., :1]).flatten(2).any(-1)
     elif run.algo in ("grpo_no_kl", "grpo_masked", "group_pg"):          # nothing but u moves them
         groups = (standardize(scores) != 0).any(-1)
     elif run.algo in SINGLE:
         groups = ((scores - scores.mean((1, 2), keepdim=True)) != 0).flatten(2).any(-1)
     else:
-        groups = torch.ones(S, B, dtype=torch.bool, device=y.device)
+        groups = torch.ones(S, B, dtype=torch.bool, device=scores.device)
     return groups.repeat_interleave(run.K, 1)
 
 
@@ -396,7 +396,7 @@ def episode(run, P, optimizer, prompts, uniform, started, share, diagnose=False)
     for epoch in range(run.epochs):
         if epoch < 2:
             if epoch == 1:                                               # a seed that has never moved has p = p_old
-                kept = can_pull(run, y, scores) & started[:, None]
+                kept = can_pull(run, choice, scores) & started[:, None]
             first = sequences.gather(1, kept.long().argmax(1)[:, None, None].expand(S, 1, sequences.shape[-1]))
             nodes = tree(sequences.where(kept[..., None], first), H, V, run.K, share) if share else \
                 tree(sequences, H, V, run.K, False)                      # what is not kept becomes a copy of what is

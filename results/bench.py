@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import linear_regression, median
+from unittest import mock
 
 import torch
 
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import bandit as ours
 import llm_rlvr
 import seqtask
-from tpo import standardize, tpo_loss
+from tpo import standardize
 
 
 def bandit():
@@ -63,24 +64,21 @@ def gpt(width=128):
     return llm_rlvr.GPT(llm_rlvr.ModelConfig(64, width, 4, 4, 2, width // 4, 3 * width))
 
 
-def rl_step(model, tokens, K, T, scores):
-    """Median seconds (sampling, training) of three one-epoch updates after an untimed one, made as Trainer.update does.
+def rl_step(tokens, K, T, scores, width=128):
+    """Median seconds (sampling, training) of three updates of llm_rlvr.Trainer after an untimed one, one epoch each.
 
-    Scores are given, and no end token occurs: every completion has T tokens. Groups without variance are left out.
+    Prompts and scores are given, and no end token occurs: every completion has T tokens.
     """
-    optimizer, generator = torch.optim.AdamW(model.parameters(), 1e-6, fused=True), torch.Generator()
-    valid, rows, times = torch.ones_like(tokens, dtype=torch.bool), (standardize(scores) != 0).any(-1), []
-    for _ in range(4):
-        begun = time.perf_counter()
-        y, _, _ = llm_rlvr.sample(model, tokens, valid, K, T, -1, generator)
-        sampled = time.perf_counter()
-        of = torch.arange(len(y[rows])).repeat_interleave(K)
-        logp = llm_rlvr.token_logp(model, tokens[rows], valid[rows], y[rows].flatten(0, 1), of).sum(-1).view(-1, K)
-        (tpo_loss(logp, logp.detach(), scores[rows], anchor=0.25) * rows.float().mean()).backward()
-        torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append((sampled - begun, time.perf_counter() - sampled))
+    flags = f"--epochs 1 --lr 1e-6 --device cpu --prompts {len(tokens)} --candidates {K} --max-new-tokens {T} --eval-puzzles 1"
+    t, times = llm_rlvr.Trainer(llm_rlvr.parse(flags.split())), []
+    t.model, t.end, t.encode = gpt(width), -1, list
+    t.trained = list(t.model.parameters())
+    t.optimizer = t.adamw(1e-6)
+    with mock.patch.multiple(llm_rlvr, puzzles=lambda *_: [(row, "") for row in tokens.tolist()], score=lambda *_: scores):
+        for _ in range(4):
+            before = dict(t.tally)
+            t.update()
+            times.append([t.tally[phase] - before[phase] for phase in ("sample_seconds", "train_seconds")])
     return [median(phase) for phase in zip(*times[1:])]
 
 
@@ -138,7 +136,7 @@ def rl(B=16, P=33):
         except ImportError:
             peer = print("for TRL beside it: pip install trl==1.16")
         for name, scores in (("scores differ", uniform), ("10% success", (uniform < 0.1).float())):
-            mine, groups = rl_step(gpt(), tokens, 16, T, scores), int((standardize(scores) != 0).any(-1).sum())
+            mine, groups = rl_step(tokens, 16, T, scores), int((standardize(scores) != 0).any(-1).sum())
             print(f"{f'{T} new tokens, {name} in {groups} of {B} groups':48}" + "".join(
                 f"{f'{s[0]:.2f} + {s[1]:.2f} = {sum(s):.2f}':>22}" for s in (mine, peer) if s)
                 + (f"{sum(peer) / sum(mine):8.1f}" if peer else ""), flush=True)
@@ -146,9 +144,9 @@ def rl(B=16, P=33):
         seconds, work = [], []
         for value in values:
             at = {"K": 16, "T": 16, "width": 128} | {name: value}
-            model, K, T = gpt(at["width"]), at["K"], at["T"]
-            seconds.append(sum(rl_step(model, tokens, K, T, torch.rand(B, K))))
-            work.append(flops(model.config, B, P, K, T))
+            K, T, width = at["K"], at["T"], at["width"]
+            seconds.append(sum(rl_step(tokens, K, T, torch.rand(B, K), width)))
+            work.append(flops(gpt(width).config, B, P, K, T))
         fitted, expected = (linear_regression([math.log(x) for x in values], [math.log(y) for y in ys]).slope
                             for ys in (seconds, work))
         print(f"{name} {', '.join(map(str, values))}: {', '.join(f'{s:.2f}' for s in seconds)} s, "

@@ -1,10 +1,11 @@
-"""What becomes of the target when completions are long: the anchor's health for several alpha on a real language model.
+"""What becomes of the target when completions are long: the anchor's health on a real language model, learning on a small one.
 
     python results/long_completions.py spread MODEL GSM8K       5 groups of 16 completions each of gsm8k and rg:chain_sum
-    python results/long_completions.py table                    the table of long_completions.md
+    python results/long_completions.py learn                    learning curves on graph coloring with thinking aloud, 30 runs
+    python results/long_completions.py table                    the tables of long_completions.md
 
 MODEL is a folder with SmolLM2-135M-Instruct, GSM8K one with train.jsonl and test.jsonl; reasoning-gym and safetensors are needed.
-Writes long_spread.jsonl, a line per group; what is already in it is not repeated.
+Writes long_spread.jsonl, a line per group, and long_learn.jsonl, a line per run; what is already there is not repeated.
 """
 import json
 import sys
@@ -22,8 +23,60 @@ SPREAD = HERE / "long_spread.jsonl"
 ALPHAS = 1.0, 0.25, 0.05, 0.0
 
 
-def lines():
-    return [json.loads(line) for line in SPREAD.read_text().splitlines()] if SPREAD.exists() else []
+LEARN = HERE / "long_learn.jsonl"
+METHODS = ("tpo:anchor=1", "tpo:anchor=0.25", "tpo:anchor=0.05", "tpo:anchor=0", "tpo:anchor=1:length_normalize", "grpo")
+RATES, TUNING, SEEDS = (1e-3, 2e-3), 100, (0, 1, 2)
+
+
+class Aloud(llm_rlvr.GraphColor):
+    """Graph coloring after 0 to 24 words of thinking aloud, which the reward does not look at.
+
+    Lengths differ within a group and so, by tens of nats, do the log-probs of whole completions, as with an LLM.
+    """
+    defaults = {"max_new_tokens": 34}
+    words = "hm well let me see now if this one is there then maybe that or not".split()
+
+    def check(self, key, answer):
+        _, found, colors = answer.partition(" so")
+        return super().check(key, colors) if found else 0.0
+
+    def guess(self, rng, key):
+        often = [1 / (i + 1) for i in range(len(self.words))]                                               # Zipf
+        aloud = rng.choices(self.words, often, k=rng.randrange(25))
+        return "".join(" " + word for word in aloud) + " so" + super().guess(rng, key)
+
+
+def lines(path=SPREAD):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def learn():
+    """Each method at the better of two learning rates on a tuning seed, then three fresh seeds on the test puzzles."""
+    llm_rlvr.TASKS["aloud"] = Aloud()
+
+    def run(method, lr, seed, exam):
+        setting = dict(method=method, lr=lr, seed=seed)
+        for r in lines(LEARN):
+            if setting == {k: r[k] for k in setting}:
+                return r
+        flags = (f"--task aloud --algo {method.split(':')[0]} --lr {lr} --seed {seed} --eval-set {exam} --steps 200 --prompts 8 --epochs 1 "
+                 f"--eval-every 25 --eval-puzzles 128 --device cpu --out out/long/{method.replace(':', '-')}-{lr}-{seed} "
+                 + " ".join("--" + change.replace("_", "-") for change in method.split(":")[1:])).split()
+        llm_rlvr.main(flags)
+        folder = Path(flags[flags.index("--out") + 1])
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        keep = "step", "seconds", "pass1", "greedy", "reward", "informative", "entropy", "anchor_max", "anchor_size", "anchor_shift", "anchor_dead"
+        r = setting | {"command": "python llm_rlvr.py " + " ".join(flags), "curve": [
+            {k: e[k] for k in keep if k in e} for e in log if e["kind"] == "eval"]}
+        with LEARN.open("a") as f:
+            f.write(json.dumps(r) + "\n")
+        return r
+
+    for method in METHODS:
+        tried = {lr: run(method, lr, TUNING, "heldout")["curve"] for lr in RATES}
+        best = max(RATES, key=lambda lr: tried[lr][-1]["pass1"] + mean(e["pass1"] for e in tried[lr]))
+        for seed in SEEDS:
+            run(method, best, seed, "test")
 
 
 def spread(model, data, groups=5):
@@ -66,6 +119,16 @@ def table():
         print(f"\n{task}: tokens {mean(mean(r['tokens']) for r in mine):.0f}, sd of l within a group "
               f"{mean(stdev(r['logp']) for r in mine):.1f} nats, reward {mean(mean(r['score']) for r in mine):.3f}, {len(mine)} groups\n")
 
+    print("| method | lr | before | after 100 | after 200 | greedy | effective size | dead targets | seconds |\n|" + "---|" * 9)
+    share = lambda v: f"{100 * mean(v):.1f} ± {100 * stdev(v) / len(v)**0.5:.1f}"
+    for method in METHODS:
+        curves = [r["curve"] for r in lines(LEARN) if r["method"] == method and r["seed"] in SEEDS]
+        lr = next(r["lr"] for r in lines(LEARN) if r["method"] == method and r["seed"] in SEEDS)
+        at = lambda step, key: share([next(e[key] for e in curve if e["step"] == step) for curve in curves])
+        health = [f"{mean(mean(e[k] for e in c[1:]) for c in curves):.2f}" for k in ("anchor_size", "anchor_dead")]
+        print(f"| {method} | {lr} | {at(0, 'pass1')} | {at(100, 'pass1')} | {at(200, 'pass1')} | {at(200, 'greedy')} | "
+              f"{' | '.join(health)} | {mean(c[-1]['seconds'] for c in curves):.0f} |")
+
 
 if __name__ == "__main__":
-    {"spread": spread, "table": table}[sys.argv[1]](*sys.argv[2:])
+    {"spread": spread, "learn": learn, "table": table}[sys.argv[1]](*sys.argv[2:])

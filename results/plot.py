@@ -42,16 +42,23 @@ def bandit(records, path):
 
 
 def llm(records, path):
-    """pass@1 of llm_rlvr.py's runs against updates: mean over seeds, band of one s.e."""
-    rates = {}
+    """pass@1 of llm_rlvr.py's runs, one log after the other, against updates and seconds: mean over seeds, band of one s.e."""
+    runs = {}
     for r in records:
-        if r["kind"] == "eval":
-            rates.setdefault(r["step"], []).append(r["pass1"])
-    n = len(rates[0])
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    axis.set(xlabel="update", ylim=(0, 1))
-    draw(axis, {"tpo": [(step, mean(v), stdev(v) / n**0.5 if n > 1 else 0) for step, v in rates.items()]}, floor=0)
-    axis.set_title(f"python llm_rlvr.py --algo tpo: pass@1 on fixed puzzles, {n} seeds", fontsize=10)
+        if r["kind"] == "config":
+            runs.setdefault(r["algo"].split(":")[0], []).append([])
+            log = runs[r["algo"].split(":")[0]][-1]
+        elif r["kind"] == "eval":
+            log.append(r)
+    n = len(next(iter(runs.values())))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    for axis, (label, across) in zip(axes, {"update": "step", "seconds on one core, warm start included": "seconds"}.items()):
+        curves = {algo: [(mean(e[across] for e in same), mean(e["pass1"] for e in same),
+                          stdev(e["pass1"] for e in same) / n**0.5 if n > 1 else 0) for same in zip(*logs)]
+                  for algo, logs in runs.items()}
+        draw(axis, curves, floor=0)
+        axis.set(xlabel=label, ylim=(0, 1))
+        axis.set_title(f"graph coloring: pass@1 on 256 held-out puzzles, {n} seeds", fontsize=10)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 
