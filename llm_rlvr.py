@@ -480,9 +480,10 @@ FAMILIES = {"LlamaForCausalLM": dict(qkv_bias=False, qk_norm=False),            
 
 def read_json(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         fail(f"--init-from: {path} cannot be read ({getattr(error, 'strerror', None) or error})")
+    return found if isinstance(found, dict) else fail(f"--init-from: {path} is no JSON object")
 
 
 def read_config(path):
@@ -491,20 +492,26 @@ def read_config(path):
     family = str((j.get("architectures") or ["none"])[0])
     if family not in FAMILIES:
         fail(f"--init-from: {path} has the architecture {family}; allowed are {', '.join(FAMILIES)}")
-    rope = {"rope_theta": j.get("rope_theta", 10_000.0)} | (j.get("rope_parameters") or j.get("rope_scaling") or {})
-    j["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    rope = {"rope_theta": j.get("rope_theta", 10_000.0)} | (j.get("rope_parameters") or {})
+    scaling = j.get("rope_scaling") or rope                                         # the older key wins in transformers
+    j["rope_type"] = scaling.get("rope_type", scaling.get("type", "default"))
     for name, allowed in dict(rope_type="default", hidden_act="silu", attention_bias=False, mlp_bias=False,
                               use_sliding_window=False, quantization_config=None).items():
         if j.get(name, allowed) != allowed:
             fail(f"--init-from: {path} has {name} {j[name]!r}; allowed is {allowed!r}")
     try:
         width, heads = j["hidden_size"], j["num_attention_heads"]
-        return ModelConfig(j["vocab_size"], width, j["num_hidden_layers"], heads, j.get("num_key_value_heads") or heads,
-                           j.get("head_dim") or width // heads, j["intermediate_size"],
-                           tied=j.get("tie_word_embeddings", False),
-                           theta=rope["rope_theta"], eps=j["rms_norm_eps"], **FAMILIES[family])
+        c = ModelConfig(j["vocab_size"], width, j["num_hidden_layers"], heads, j.get("num_key_value_heads") or heads,
+                        j.get("head_dim") or width // heads, j["intermediate_size"],
+                        tied=j.get("tie_word_embeddings", False),
+                        theta=scaling.get("rope_theta", rope["rope_theta"]), eps=j["rms_norm_eps"], **FAMILIES[family])
+        if min(c.vocab, c.width, c.layers, c.heads, c.kv_heads, c.head_dim, c.hidden) < 1 or c.heads % c.kv_heads:
+            raise ValueError(f"{c.heads} heads, {c.kv_heads} key heads, width {c.width}, ...")
+        return c
     except KeyError as error:
         fail(f"--init-from: {path} lacks {error}")
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        fail(f"--init-from: {path} has sizes that are none ({error})")
 
 
 def read_model(folder):
@@ -516,7 +523,7 @@ def read_model(folder):
     with torch.device("meta"):                                                              # no time for random weights
         model = GPT(read_config(folder / "config.json"))
     index, found = folder / "model.safetensors.index.json", {}
-    for file in sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]:
+    for file in sorted({*read_json(index).get("weight_map", {}).values()}) if index.exists() else ["model.safetensors"]:
         try:
             with safe_open(folder / file, "pt") as tensors:
                 found.update((name, tensors.get_tensor(name)) for name in tensors.keys() if "rotary_emb" not in name)
@@ -540,19 +547,20 @@ def read_model(folder):
 
 def export_model(model, folder, source):
     """The model as transformers loads it, in fp32, with the tokenizer of the folder source if there is one."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        fail("--export needs safetensors: pip install safetensors")
+    from safetensors.torch import save_file
     c = model.config
     family = next(name for name, has in FAMILIES.items() if has == dict(qkv_bias=c.qkv_bias, qk_norm=c.qk_norm))
+    kept = {"max_position_embeddings": 32768}                                                # of what this file ignores
+    if source:
+        j = read_json(Path(source) / "config.json")
+        kept |= {k: j[k] for k in ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id") if k in j}
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "config.json", json.dumps(dict(
         architectures=[family], model_type=family.removesuffix("ForCausalLM").lower(), vocab_size=c.vocab,
         hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
         num_key_value_heads=c.kv_heads, head_dim=c.head_dim, rms_norm_eps=c.eps, hidden_act="silu",
         rope_theta=c.theta, rope_parameters=dict(rope_type="default", rope_theta=c.theta), tie_word_embeddings=c.tied,
-        attention_bias=False, max_position_embeddings=32768, dtype="float32"), indent=2))
+        attention_bias=False, dtype="float32", **kept), indent=2))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         if source and (Path(source) / name).exists():
             write(folder / name, (Path(source) / name).read_text(encoding="utf-8"))
@@ -591,7 +599,7 @@ def read_tokenizer(folder):
     bpe, pattern = j.get("model") or {}, split_pattern(j.get("pre_tokenizer"))
     normal = j.get("normalizer") or {"type": None}
     merged = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in bpe.get("merges") or ()]
-    ids = [bpe["vocab"].get(piece, -1) for piece in merged]
+    ids = [bpe.get("vocab", {}).get(piece, -1) for piece in merged]
     for fine, what in ((bpe.get("type") == "BPE" and ids, "no byte-level BPE with merges"),
                        (ids == sorted(ids) and min(ids, default=0) >= 0,
                         "merges that are not in the order of their ids"),
@@ -624,15 +632,23 @@ def read_tokenizer(folder):
 
 def chat_template(template, bos, eos):
     """render(text) -> the prompt of one user message, in transformers' sandbox with its helpers."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment                                        # torch needs jinja2
+    from jinja2 import TemplateError                                                                # torch needs jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                             extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
     sandbox.globals.update(strftime_now=time.strftime, raise_exception=lambda message: fail(f"--init-from: {message}"))
-    compiled = sandbox.from_string(template)
-    return lambda text: compiled.render(messages=[{"role": "user", "content": text}], bos_token=bos, eos_token=eos,
-                                        add_generation_prompt=True, enable_thinking=False)
+
+    def render(text):
+        try:
+            return sandbox.from_string(template).render(
+                messages=[{"role": "user", "content": text}], bos_token=bos, eos_token=eos,
+                add_generation_prompt=True, enable_thinking=False)
+        except TemplateError as error:
+            fail(f"--init-from: the chat template does not render ({error})")
+
+    return render
 
 
 class LoRA(nn.Module):
@@ -764,10 +780,10 @@ def token_logp(model, tokens, valid, y, of):
         return x[:B * P].unflatten(0, (B, P)), x[B * P:].unflatten(0, (R, T - 1))
 
     def attend(_, q, k, v):
-        (q, q_own), *kv = map(parts, (q, k, v))
-        k, v = (torch.cat((x.index_select(0, of), x_own), 1) for x, x_own in kv)               # (R, P + T - 1, kv, D)
-        y = attention(q, *(x for x, _ in kv), mask), attention(q_own, k, v, sees)
-        return torch.cat([x.flatten(0, 1) for x in y])
+        (q, q_own), (k, k_own), (v, v_own) = parts(q), parts(k), parts(v)
+        k_all, v_all = (torch.cat((x.index_select(0, of), x_own), 1) for x, x_own in ((k, k_own), (v, v_own)))
+        out, out_own = attention(q, k, v, mask), attention(q_own, k_all, v_all, sees)
+        return torch.cat((out.flatten(0, 1), out_own.flatten(0, 1)))
 
     h, h_own = parts(model(torch.cat((tokens.flatten(), y[:, :-1].flatten())),
                            torch.cat((pos.flatten(), later.flatten())), attend))
@@ -876,6 +892,8 @@ class Trainer:
             y, real, logp = sample(self.model, tokens, valid, K, c.max_new_tokens, self.end, self.generator,
                                    shard=(RANK, RANKS))                                                # (b, K, T)
         R = gather(score(self.task, self.enc, self.end, items, y).to(self.device))                     # (B, K)
+        if not R.isfinite().all():
+            fail(f"--task {c.task}: its check returned a score that is not finite", 1)
         informative = (standardize(R) != 0).any(-1)                                                    # (B,)
         seen, logp_old, ended = gather(real), gather(logp), gather((y == self.end).any(-1))
         metrics = diagnose(self.total(logp_old, seen), logp_old, seen, ended, R, c)
@@ -896,9 +914,9 @@ class Trainer:
             if epoch == 0 and known:
                 logp = logp_old.clone()
             else:
-                logp, graph = self.forward(batch, parts)
+                logp, graph = self.log_policy_in_parts(batch, parts)
                 if epoch == 0:
-                    logp = logp + self.forward(batch, self.micro_batches(batch, ~groups[mine]))[0]
+                    logp = logp + self.log_policy_in_parts(batch, self.micro_batches(batch, ~groups[mine]))[0]
                     logp_old = gather(logp.view(b, K, T))
                 logp = gather(logp.view(b, K, T))
             logp.requires_grad_()                                                                      # (B, K, T)
@@ -908,7 +926,7 @@ class Trainer:
             else:
                 loss = self.loss(now, old, r, mask=mask)
             loss = loss * groups.float().mean()                          # groups left out count in the mean over groups
-            slope = torch.autograd.grad(loss, logp)[0][mine].flatten(0, 1)           # (b * K, T), p - q on each token
+            slope = torch.autograd.grad(loss, logp)[0][mine].flatten(0, 1)           # (b * K, T): tpo has p - q here
             for rows in parts:                                                # dL/dlogp is exact however rows are split
                 if graph is not None:
                     graph.backward(slope[rows])
@@ -945,7 +963,7 @@ class Trainer:
             logp = self.token_logp(self.model, batch.tokens[prompts], batch.valid[prompts], batch.y[rows, :t], of)
         return F.pad(logp, (0, batch.y.shape[1] - t)).masked_fill(~batch.real[rows], 0)
 
-    def forward(self, batch, parts):
+    def log_policy_in_parts(self, batch, parts):
         """Log-probs (b * K, T) of the rows in parts, detached, 0 elsewhere; with gradient as well if it is one part."""
         logp, graph = torch.zeros(batch.y.shape, device=self.device), None
         for rows in parts:
@@ -984,7 +1002,8 @@ class Trainer:
         c, begun = self.c, time.time()
         if not c.warm_steps:
             return
-        made_by = (c.layers, c.width, c.heads, c.kv_heads, c.warm_steps, self.device, Path(__file__).read_text())
+        made_by = (c.layers, c.width, c.heads, c.kv_heads, c.lora_rank, c.warm_steps, self.device.type,
+                   Path(__file__).read_text())
         path = folder / f"warm-{c.task}-{c.seed}-{zlib.crc32(repr(made_by).encode()):08x}.pt"  # edited code: a new file
         if path.exists():
             saved = load(path)
@@ -1050,6 +1069,8 @@ class Trainer:
             self.restore(path)
         else:
             self.warm_start(warm_folder, stop)
+        for p in self.model.parameters() if RANKS > 1 else ():
+            distributed.broadcast(p.data, 0)                       # warm starts on several GPUs may differ by rounding
         params = sum(p.numel() for p in self.model.parameters())
         print(f"{c.algo}: {params:,} parameters, {self.enc.n_vocab} tokens, {self.device}; "
               f"e.g. {self.exam[0][0][:200]!r}")
@@ -1127,8 +1148,8 @@ def progress(r, steps, left):
     if "reward" not in r:
         return text + "  (before the first update)"
     return text + (f", {left:.0f} s left  reward {r['reward']:.3f}  KL(q||p) {r['kl']:.3f}  "
-                   f"informative {r['informative']:.2f}  entropy {r['entropy']:.3f}  anchor max {r['anchor_max']:.2f} "
-                   f"size {r['anchor_size']:.1f}  sample {r['sample_tok_s']:,} train {r['train_tok_s']:,} tok/s")
+                   f"informative {r['informative']:.2f}  unfinished {r['unfinished']:.2f}  entropy {r['entropy']:.3f}  "
+                   f"anchor max {r['anchor_max']:.2f} size {r['anchor_size']:.1f}  sample {r['sample_tok_s']:,} train {r['train_tok_s']:,} tok/s")
 
 
 # ----------------------------------------------------------------------------------------------------- files and errors
@@ -1157,7 +1178,7 @@ def load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                               # a truncated file raises one of many types
-        fail(f"{path} cannot be read ({type(error).__name__}), it is damaged: delete it and leave out --resume")
+        fail(f"{path} cannot be read ({type(error).__name__}), it is damaged: delete it and leave out any --resume")
 
 
 def load_run(c, path):
@@ -1185,7 +1206,7 @@ def peak_mb(device):
 
 
 def pick_device(name):
-    if name == "auto" and RANKS > 1 and torch.cuda.is_available():
+    if name in ("auto", "cuda") and RANKS > 1 and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     elif name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -1209,7 +1230,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv):
     """Config from defaults, then the task's own defaults, then the flags."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    pretrained = ", ".join(f"{flag_name(name)} {value}" for name, value in PRETRAINED.items())
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False, epilog=f"With --init-from: {pretrained}")
     for f in fields(Config):
         kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
                 {"type": f.type, "metavar": f.type.__name__})
@@ -1253,6 +1275,8 @@ def plan(argv):
     entries, runs = shared.algo.split(","), []
     if len(set(entries)) < len(entries):
         fail(f"--algo {shared.algo}: allowed are lists without repeats")
+    if shared.export and len(entries) > 1:
+        fail(f"--export {shared.export}: allowed with one algorithm, not with a list")
     shared_flags = "algo", "task", "data", "shots", "init_from", "out", "resume", "device", "compile", "plot"
     own = [f.name for f in fields(Config) if f.name not in shared_flags]
     for entry in entries:
@@ -1273,11 +1297,12 @@ def plan(argv):
     for c, folder, _ in runs:
         if len(runs) > 1 and c.resume and (folder / "checkpoint.pt").exists():
             load_run(c, folder / "checkpoint.pt")                              # before hours of other runs, not after
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            fail(f"--out {folder}: cannot be written ({error.strerror}); allowed are folders that can")
+        for name, place in [("--out", folder)] + [("--export", Path(c.export))] * bool(c.export):
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=place).close()
+            except OSError as error:
+                fail(f"{name} {place}: cannot be written ({error.strerror}); allowed are folders that can")
     return runs
 
 
@@ -1307,6 +1332,11 @@ def main(argv=None):
             import matplotlib.pyplot as plt
         except ImportError:
             fail("--plot needs matplotlib: pip install matplotlib")
+    if parse(argv).export:
+        try:
+            import safetensors  # noqa: F401
+        except ImportError:
+            fail("--export needs safetensors: pip install safetensors")
     runs = plan(argv)
     if RANKS > 1:
         distributed.init_process_group("nccl" if pick_device(runs[0][0].device).type == "cuda" else "gloo")

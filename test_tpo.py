@@ -748,6 +748,20 @@ def test_tasks_for_pretrained_models_name_what_is_missing(tmp_path, capsys, monk
     one_line(lambda: found([*init, "rg:leg_counting"]), capsys, "--task rg:leg_counting pip install reasoning-gym")
 
 
+def test_broken_chat_template_is_one_line(tmp_path, capsys):
+    bpe_folder("qwen", tmp_path)
+    for template in ("{% if %}", "{{ messages[0].nothing.more }}"):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        _, _, encode = llm_rlvr.read_tokenizer(tmp_path)
+        one_line(lambda: encode("hello"), capsys, "chat template does not render")
+
+
+def test_score_that_is_not_finite_names_the_task(monkeypatch, capsys):
+    t = llm_rlvr.Trainer(llm_rlvr.parse(TINY))
+    monkeypatch.setattr(llm_rlvr, "score", lambda *_: torch.full((6, 4), math.nan))
+    one_line(t.update, capsys, "--task graph_color check not finite", status=1)
+
+
 def test_errors_of_a_checker_are_not_hidden():
     enc = llm_rlvr.make_encoding(llm_rlvr.TASKS["addition"])
     y = torch.tensor([[[*enc.encode_ordinary("42"), enc.n_vocab - 1]]])
@@ -976,7 +990,7 @@ def test_list_of_algorithms_shares_the_warm_start_and_ends_in_a_table(tmp_path, 
     (["--lr", "fast"], "--lr fast allowed float"), (["--anchor", "inf"], "--anchor inf"), (["--seed", str(2**64)], "--seed 2^63"),
     (["--device", "meta"], "--device meta cpu"), (["--algo", "tpo,tpo"], "--algo tpo,tpo repeats"), (["--algo", "tpo:"], "--algo lr"),
     (["--algo", "tpo:out=x"], "--algo tpo:out=x lr"), (["--algo", "tpo:lr=fast"], "--lr fast float"),
-    (["--out", "/proc/nowhere"], "--out /proc/nowhere"), (["--resume"], "--resume checkpoint.pt"), (["--device", "tpu9"], "--device tpu9 cpu cuda"),
+    (["--out", "/proc/nowhere"], "--out /proc/nowhere"), (["--algo", "tpo,pg", "--export", "x"], "--export x one algorithm"), (["--resume"], "--resume checkpoint.pt"), (["--device", "tpu9"], "--device tpu9 cpu cuda"),
     (["--kv-heads", "3"], "--kv-heads 3"), (["--width", "0"], "--width 0 1"), (["--algo", "tpo:lr=-1"], "--lr -1.0 above"), (["--algo", "tpo:speed=2"], "--algo tpo:speed=2 lr")])
 def test_command_line_errors(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1086,6 +1100,11 @@ NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"
     (lambda d: broken(d / "config.json", lambda c: c.pop("hidden_size")), "lacks 'hidden_size'"),
     (lambda d: broken(d / "config.json", lambda c: c.update(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})), "rope_type 'yarn'; allowed is 'default'"),
     (lambda d: broken(d / "config.json", lambda c: c.update(rope_parameters=None, rope_scaling={"type": "linear"})), "rope_type 'linear'"),
+    (lambda d: broken(d / "config.json", lambda c: c.update(rope_scaling={"type": "linear", "factor": 2})), "rope_type 'linear'"),
+    (lambda d: broken(d / "config.json", lambda c: c.update(num_attention_heads=0)), "sizes that are none"),
+    (lambda d: broken(d / "config.json", lambda c: c.update(hidden_size="32")), "sizes that are none"),
+    (lambda d: (d / "config.json").write_text("[]"), "config.json is no JSON object"),
+    (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "is missing in the safetensors"),
     (lambda d: broken(d / "config.json", lambda c: c.update(attention_bias=True)), "attention_bias True; allowed is False"),
     (lambda d: broken(d / "config.json", lambda c: c.update(hidden_act="gelu")), "hidden_act 'gelu'"),
     (lambda d: broken(d / "config.json", lambda c: c.update(intermediate_size=44)), "mlp.down_proj.weight is (32, 40) in the safetensors; config.json wants (32, 44)"),
@@ -1177,6 +1196,7 @@ def test_chat_template_is_rendered_as_transformers_does(tmp_path):
 @pytest.mark.parametrize("change, words", [
     (lambda j: j["model"].pop("merges"), "no byte-level BPE with merges"),
     (lambda j: j["model"].update(type="Unigram"), "no byte-level BPE with merges"),
+    (lambda j: j["model"].pop("vocab"), "merges that are not in the order of their ids"),
     (lambda j: j["model"]["merges"].reverse(), "merges that are not in the order of their ids"),
     (lambda j: j.update(pre_tokenizer={"type": "Metaspace"}), 'the pre_tokenizer {"type": "Metaspace"}'),
     (lambda j: j.update(normalizer={"type": "Lowercase"}), "the normalizer Lowercase"),
