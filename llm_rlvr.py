@@ -1149,7 +1149,8 @@ def progress(r, steps, left):
         return text + "  (before the first update)"
     return text + (f", {left:.0f} s left  reward {r['reward']:.3f}  KL(q||p) {r['kl']:.3f}  "
                    f"informative {r['informative']:.2f}  unfinished {r['unfinished']:.2f}  entropy {r['entropy']:.3f}  "
-                   f"anchor max {r['anchor_max']:.2f} size {r['anchor_size']:.1f}  sample {r['sample_tok_s']:,} train {r['train_tok_s']:,} tok/s")
+                   f"anchor max {r['anchor_max']:.2f} size {r['anchor_size']:.1f}  "
+                   f"sample {r['sample_tok_s']:,} train {r['train_tok_s']:,} tok/s")
 
 
 # ----------------------------------------------------------------------------------------------------- files and errors

@@ -197,15 +197,18 @@ def tree(tokens, H, V, K, share=True):
     new = ((number % K == 0)[:, None] | (level >= H)).expand(S, N, L)
     if share:                                                            # sort by prompt, then by answer
         for part in (tokens[..., H:], tokens[..., :H]):
-            code = (part * V ** torch.arange(part.shape[-1], device=part.device).flip(0)).sum(-1)    # (S, N) base V
+            # the tokens as a number in base V: equal numbers, equal tokens
+            code = (part * V ** torch.arange(part.shape[-1], device=part.device).flip(0)).sum(-1)    # (S, N)
             order = order.gather(1, code.gather(1, order).argsort(dim=1, stable=True))
         tokens = tokens.gather(1, order[..., None].expand(S, N, L))
         changed = (tokens[:, 1:] != tokens[:, :-1]).cumsum(-1) > 0       # from the first token that differs on
         new = torch.cat((torch.ones_like(changed[:, :1]), changed), 1)   # (S, N, L) starts a node
     node = new.mT.flip(1).flatten(1).cumsum(1).view(S, L, N).flip(1).mT - 1                          # last tokens first
     row = new[..., -1].cumsum(1) - 1
-    M, R, answers = (N // K * H + N * (L - H), N, N * (L - H) + N // K) if not share else (
-        int(x.max()) + 1 for x in (node, row, node[..., H - 1]))
+    if share:
+        M, R, answers = (int(x.max()) + 1 for x in (node, row, node[..., H - 1]))         # waits for the device
+    else:
+        M, R, answers = N // K * H + N * (L - H), N, N * (L - H) + N // K
     zeros = lambda n: torch.zeros(S, n, dtype=torch.long, device=tokens.device)
     one = zeros(R).scatter(1, row, number.expand(S, N))[..., None].expand(S, R, L)       # one sequence of each kind
     path = node.gather(1, one)
@@ -384,9 +387,10 @@ def episode(run, P, optimizer, prompts, uniform, started, share, diagnose=False)
     if run.algo in TOKEN:                          # K candidates at each prefix, the first being the behaviour's token
         others = inverse_cdf(logp_all[:, :, None], uniform[:, :, 1:])                     # (S, B, K - 1, H)
         choice = torch.cat((y[:, :, None], others), 2).mT                                 # (S, B, H, K)
-        before = right[:, :, 0].float().cumprod(-1).roll(1, -1) if run.reward == "sequential" else torch.ones(1, H)
-        before[..., 0] = 1                         # under sequential nothing counts after a mistake of the behaviour
-        shape, scores = choice.shape, (choice == goals.mT) * before[..., None].to(y.device)
+        before = torch.ones_like(r[:, :, 0])                                              # (S, B, H)
+        if run.reward == "sequential":                                   # nothing counts after the behaviour's mistake
+            before[..., 1:] = r[:, :, 0, :-1]
+        shape, scores = choice.shape, (choice == goals.mT) * before[..., None]
     logp_old = logp_all.gather(-1, choice).view(shape)
     sequences = torch.cat((prompts.repeat_interleave(run.K, 1), y[..., :-1]), -1)         # (S, N, L)
 
@@ -401,7 +405,7 @@ def episode(run, P, optimizer, prompts, uniform, started, share, diagnose=False)
             nodes = tree(sequences.where(kept[..., None], first), H, V, run.K, share) if share else \
                 tree(sequences, H, V, run.K, False)                      # what is not kept becomes a copy of what is
             index = nodes.node[..., H - 1:, None] * V + choice           # (S, N, H, ...) into (answers * V)
-        if share and not kept.any():
+        if share and not kept.any():                                     # exact zeros; momentum still moves the weights
             for p in P.values():
                 p.grad = torch.zeros_like(p)
         else:
@@ -423,7 +427,8 @@ def diagnostics(run, norm, logp_old, scores):
     """Of a grouped algorithm, each (S,): what the first epoch sees."""
     solved = scores == 1                                                                  # (S, B, K)
     u = standardize(scores)
-    weight = tpo_target(logp_old.sum(-1), scores, run.eta) if run.algo == "tpo" else u.abs()           # q, or |A|
+    anchor = logp_old.sum(-1) * (run.algo == "tpo")                                       # 0: tpo_no_anchor
+    weight = tpo_target(anchor, scores, run.eta) if run.algo.startswith("tpo") else u.abs()           # q, or |A|
     mean = lambda which: weight.where(which, 0).sum((1, 2)) / which.sum((1, 2)).clamp(min=1)
     return {"gradient_norm": norm, "groups_with_success": solved.any(-1).float().mean(1),
             "zero_variance": (u == 0).all(-1).float().mean(1), "weight_success": mean(solved),
@@ -446,6 +451,8 @@ def train(run, device, share, diagnose=False):
         errors.append(error)
         notes.append(note)
         if time.time() - said > 10 or i == run.episodes - 1:
+            if not all(p.isfinite().all() for p in P.values()):       # token 0 for ever would look like an error rate
+                fail(f"{run.algo}: weights that are not finite by episode {i + 1}; try a lower --lr (now {run.lr:g})")
             said, speed = time.time(), (i + 1) / (time.time() - start)
             print(f"  {run.algo:13s} episode {i + 1:5,d}/{run.episodes:,d}   error {error.mean():7.2%}   "
                   f"{speed * run.seeds:5.1f} seed-episodes/s   {(run.episodes - i - 1) / speed:4.0f} s left",
@@ -497,8 +504,9 @@ TABLE3 = {"prompts": {"tpo": (6.9, 8.6, 6.1, 7.4), "grpo": (14.5, 27.6, 30.0, 50
 
 def paper(r):
     """What the paper prints at the setting of a result, or a dash."""
-    same = r["target"] == "reverse_copy" and r["batch"] == 100 and r["candidates"] == 8 and r["eta"] == 1
-    if same and r["reward"] == "bag" and r["length"] == 10 and r["match"] == "prompts":
+    epochs = r["epochs"] == (1 if r["algo"] == "dg" else 4)
+    same = epochs and (r["target"], r["batch"], r["candidates"], r["eta"], r["lr"]) == ("reverse_copy", 100, 8, 1, 1e-3)
+    if same and r["reward"] == "bag" and r["length"] == 10 and r["match"] == "prompts" and r["episodes"] == 1000:
         return f"1% at {TABLE1.get((r['vocab'], r['algo']), '-')}"
     if same and r["reward"] == "terminal" and r["vocab"] == 2 and r["episodes"] == 2000 and 7 <= r["length"] <= 10:
         error = TABLE3[r["match"]].get(r["algo"])
@@ -543,8 +551,11 @@ def read(path):
     """The records of an earlier run of the same command, to go on from."""
     try:
         text = Path(path).read_text() if path and Path(path).exists() else ""
-        return [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError) as error:
+        found = [json.loads(line) for line in text.splitlines()]
+        if any(r["kind"] == "result" and not r.keys() >= set(Run._fields) for r in found):
+            raise ValueError("results of another kind")
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"--out {path}: holds something else than a log of seqtask.py ({error}); give another file")
 
 

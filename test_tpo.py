@@ -1872,6 +1872,21 @@ def recipe(name, *needs):
     return module
 
 
+def test_seqtask_refuses_the_log_of_another_script(tmp_path, capsys):
+    for text in ('{"kind": "result", "task": "single"}\n', "[1]\n", '{"half'):
+        (tmp_path / "log.jsonl").write_text(text)
+        one_line(lambda: seqtask.main(["--out", str(tmp_path / "log.jsonl")]), capsys, "log.jsonl something else")
+
+
+def test_seqtask_weights_that_are_not_finite_stop_the_run(monkeypatch, capsys):
+    def poisoned(run, P, *rest):
+        P["head"].data.fill_(math.nan)
+        return torch.ones(run.seeds), {}
+
+    monkeypatch.setattr(seqtask, "episode", poisoned)
+    one_line(lambda: seqtask.train(RUN._replace(episodes=2), "cpu", True), capsys, "not finite episode 2 --lr")
+
+
 def test_verl_loss_with_our_advantage_has_the_gradient_of_tpo_loss():
     verl_tpo = recipe("verl_tpo", "verl")
     from verl.trainer.ppo import core_algos

@@ -40,7 +40,8 @@ def refuse(args):
         raise ValueError(f"per_device_train_batch_size {args.per_device_train_batch_size} splits groups: it must be a "
                          f"multiple of num_generations {args.num_generations}; or use the advantage form")
     for name, value in dict(beta=0.0, use_vllm=False, scale_rewards="group", top_entropy_quantile=1.0, temperature=1.0,
-                            top_p=1.0, top_k=0, mask_truncated_completions=False, use_liger_kernel=False).items():
+                            top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0, mask_truncated_completions=False,
+                            use_liger_kernel=False).items():
         if getattr(args, name) != value:
             raise ValueError(f"{name} {getattr(args, name)!r} changes the loss or the sampling: TPO needs {value!r}")
 

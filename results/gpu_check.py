@@ -1,19 +1,23 @@
-"""Everything about llm_rlvr.py that only a GPU can show, in one command: python results/gpu_check.py
+"""Everything that only a GPU can show, in one command: python results/gpu_check.py
 
-The CUDA tests; first-epoch log-probs in bf16 against fp32; the default job with and without --compile. Prints one JSON line
-per check with the device's name. Not yet run on a GPU: no number in this repository comes from it.
+The CUDA tests; first-epoch log-probs in bf16 against fp32; the default job with and without --compile; one update at the size of
+Qwen3-1.7B, fully and by LoRA: memory, throughput, share of the memory bandwidth and of the matmul rate; twenty seeds of seqtask.py at
+once. Prints one JSON line per check with the device's name. Not yet run on a GPU: no number in this repository comes from it.
 """
 import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import llm_rlvr  # noqa: E402
+import seqtask  # noqa: E402
 
 
 def show(check, **values):
@@ -49,3 +53,41 @@ for flags in ([], ["--compile"]):
         records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     reached = next((r["seconds"] for r in records if r["kind"] == "eval" and r["pass1"] >= 0.9), None)
     show("default job " + " ".join(flags), seconds_to_90=reached, **{k: v for k, v in records[-1].items() if k != "kind"})
+
+
+def rate(work, amount):
+    """amount per second, of the last of three calls."""
+    for _ in range(3):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+    return amount / (time.perf_counter() - begun)
+
+
+a, big = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16), torch.empty(2**30, device="cuda")
+matmul, copy = rate(lambda: a @ a, 2 * 8192**3), rate(lambda: big[:2**29].copy_(big[2**29:]), 4 * 2**30)
+del a, big
+show("machine", matmul_tflops=matmul / 1e12, copy_gb_s=copy / 1e9)
+P, K, T, B = 64, 16, 512, 16
+for flags in ([], ["--lora-rank", "32"]):
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    t = llm_rlvr.Trainer(llm_rlvr.parse(["--layers", "28", "--width", "2048", "--heads", "16", "--kv-heads", "8", "--prompts", str(B), "--candidates",
+                                         str(K), "--max-new-tokens", str(T), "--epochs", "1", "--lr", "1e-5", "--micro-tokens", "16384",
+                                         "--recompute", "--eval-puzzles", "1", "--device", "cuda", *flags]))
+    t.end, t.encode, n = -1, list, sum(p.numel() for p in t.model.parameters())                             # no completion ends
+    rows = torch.randint(10, (B, P), generator=torch.Generator().manual_seed(0)).tolist()
+    with mock.patch.multiple(llm_rlvr, puzzles=lambda *_: [(row, "") for row in rows], score=lambda *_: torch.rand(B, K)):
+        t.update()
+        t.tally = dict.fromkeys(t.tally, 0.0)
+        t.update()
+    cache = 2 * 28 * 8 * 128 * 2 * B * K * (P + T / 2)                                            # bytes of bf16, mean over steps
+    show("1.7B update " + " ".join(flags), params=n, peak_gb=torch.cuda.max_memory_allocated() / 1e9, sample_tok_s=t.rate("sample"),
+         train_tok_s=t.rate("train"), share_of_bandwidth=t.rate("sample") / (B * K) * (4 * n + cache) / copy,      # weights are fp32
+         share_of_matmul=t.rate("train") * 6 * n / matmul)
+    del t
+
+for algo, reward, length in (("tpo", "terminal", 10), ("tpo_token", "bag", 10)):
+    run = seqtask.Run("reverse_copy", reward, algo, length, 2, 8, 100, 4, 1.0, 1e-3, "prompts", 20, 50)
+    show(f"seqtask {algo}", ms_per_episode_seed=seqtask.train(run, "cuda", False)[2] / 50 / 20 * 1e3)

@@ -118,8 +118,8 @@ def draw(axis, curves, floor):
     for algo, points in curves.items():
         x, y, se = zip(*points)
         low, high = ([max(m + sign * s, floor / 10) for m, s in zip(y, se)] for sign in (-1, 1))
-        axis.plot(x, [max(m, floor / 10) for m in y], color=NAMES[algo][1], linewidth=2)
-        axis.fill_between(x, low, high, color=NAMES[algo][1], alpha=0.2, linewidth=0)
+        axis.plot(x, [max(m, floor / 10) for m in y], color=NAMES.get(algo, (algo, "#555555"))[1], linewidth=2)
+        axis.fill_between(x, low, high, color=NAMES.get(algo, (algo, "#555555"))[1], alpha=0.2, linewidth=0)
     axis.margins(x=0)
     axis.set_ylim(bottom=max(floor, axis.get_ylim()[0]))
     axis.spines[["top", "right"]].set_visible(False)
@@ -130,12 +130,13 @@ def draw(axis, curves, floor):
             push = max(0, 0.07 - above[0] + below[0]) / 2
             below[0], above[0] = below[0] - push, above[0] + push
     for height, algo in labels:
-        axis.text(1.02, height, NAMES[algo][0], color=NAMES[algo][1], transform=axis.transAxes, va="center")
+        axis.text(1.02, height, NAMES.get(algo, (algo, 0))[0], color=NAMES.get(algo, (algo, "#555555"))[1], transform=axis.transAxes, va="center")
 
 
 if __name__ == "__main__":
     here = Path(__file__).parent
     for log in map(Path, sys.argv[1:] or [*sorted(here.glob("bandit_*.jsonl")), *sorted(here.glob("seq_*.jsonl")),
                                           *sorted(here.glob("llm_[cd]*.jsonl"))]):
-        figure = {"bandit": bandit, "seq": seq}.get(log.name.split("_")[0], llm if "default" in log.name else compare)
-        figure([json.loads(line) for line in log.read_text().splitlines()], log.with_suffix(".png"))
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        figure = next((f for key, f in dict(preset=seq, init_from=llm, setting=compare).items() if key in records[0]), bandit)
+        figure(records, log.with_suffix(".png"))

@@ -15,6 +15,8 @@ from statistics import mean
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--minutes", type=float, default=60)
 args, flags = parser.parse_known_args()
+if args.minutes < 21:
+    parser.error(f"--minutes {args.minutes:g}: allowed are 21 or more, for two parts of ten minutes")
 
 with tempfile.TemporaryDirectory() as folder:
     command = [sys.executable, Path(__file__).parents[1] / "llm_rlvr.py", "--algo", "tpo", "--steps", "1000000", "--out", folder, *flags]
@@ -27,6 +29,8 @@ with tempfile.TemporaryDirectory() as folder:
         time.sleep(10)
     run.send_signal(signal.SIGINT)
     _, message = run.communicate()
+    if run.returncode != 130:
+        sys.exit(f"the run did not stop as it should: status {run.returncode}, {message}")
 
 first, last = ([mb for minute, mb in seen if low <= minute < low + 10] for low in (1, args.minutes - 10))
 print(f"{message.strip()}\nresident memory, mean (largest) of minutes 1 to 11: {mean(first):.0f} ({max(first):.0f}) MB; of the last ten of "
