@@ -5,7 +5,7 @@
     python results/long_completions.py table                    the tables of long_completions.md
 
 MODEL is a folder with SmolLM2-135M-Instruct, GSM8K one with train.jsonl and test.jsonl; reasoning-gym and safetensors are needed.
-Writes long_spread.jsonl, a line per group, and long_learn.jsonl, a line per run; what is already there is not repeated.
+Writes long_spread.jsonl, a line per group, and long_tune.jsonl and long_learn.jsonl, a line per run; what is there is not repeated.
 """
 import json
 import sys
@@ -23,7 +23,7 @@ SPREAD = HERE / "long_spread.jsonl"
 ALPHAS = 1.0, 0.25, 0.05, 0.0
 
 
-LEARN = HERE / "long_learn.jsonl"
+TUNE, LEARN = HERE / "long_tune.jsonl", HERE / "long_learn.jsonl"
 METHODS = ("tpo:anchor=1", "tpo:anchor=0.25", "tpo:anchor=0.05", "tpo:anchor=0", "tpo:anchor=1:length_normalize", "grpo")
 RATES, TUNING, SEEDS = (1e-3, 2e-3), 100, (0, 1, 2)
 
@@ -54,9 +54,9 @@ def learn():
     """Each method at the better of two learning rates on a tuning seed, then three fresh seeds on the test puzzles."""
     llm_rlvr.TASKS["aloud"] = Aloud()
 
-    def run(method, lr, seed, exam):
-        setting = dict(method=method, lr=lr, seed=seed)
-        for r in lines(LEARN):
+    def run(method, lr, seed, file):
+        setting, exam = dict(task="aloud", algo=method, setting=lr, seed=seed), "heldout" if file == TUNE else "test"
+        for r in lines(file):
             if setting == {k: r[k] for k in setting}:
                 return r
         flags = (f"--task aloud --algo {method.split(':')[0]} --lr {lr} --seed {seed} --eval-set {exam} --steps 200 --prompts 8 --epochs 1 "
@@ -65,18 +65,19 @@ def learn():
         llm_rlvr.main(flags)
         folder = Path(flags[flags.index("--out") + 1])
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        keep = "step", "seconds", "pass1", "greedy", "reward", "informative", "entropy", "anchor_max", "anchor_size", "anchor_shift", "anchor_dead"
+        keep = ("step", "seconds", "pass1", "greedy", "reward", "informative", "entropy", "anchor_max", "anchor_size", "anchor_shift",
+                "anchor_dead")
         r = setting | {"command": "python llm_rlvr.py " + " ".join(flags), "curve": [
             {k: e[k] for k in keep if k in e} for e in log if e["kind"] == "eval"]}
-        with LEARN.open("a") as f:
+        with file.open("a") as f:
             f.write(json.dumps(r) + "\n")
         return r
 
     for method in METHODS:
-        tried = {lr: run(method, lr, TUNING, "heldout")["curve"] for lr in RATES}
+        tried = {lr: run(method, lr, TUNING, TUNE)["curve"] for lr in RATES}
         best = max(RATES, key=lambda lr: tried[lr][-1]["pass1"] + mean(e["pass1"] for e in tried[lr]))
         for seed in SEEDS:
-            run(method, best, seed, "test")
+            run(method, best, seed, LEARN)
 
 
 def spread(model, data, groups=5):
@@ -122,12 +123,12 @@ def table():
     print("| method | lr | before | after 100 | after 200 | greedy | effective size | dead targets | seconds |\n|" + "---|" * 9)
     share = lambda v: f"{100 * mean(v):.1f} ± {100 * stdev(v) / len(v)**0.5:.1f}"
     for method in METHODS:
-        curves = [r["curve"] for r in lines(LEARN) if r["method"] == method and r["seed"] in SEEDS]
-        lr = next(r["lr"] for r in lines(LEARN) if r["method"] == method and r["seed"] in SEEDS)
+        curves = [r["curve"] for r in lines(LEARN) if r["algo"] == method]
+        lr = next(r["setting"] for r in lines(LEARN) if r["algo"] == method)
         at = lambda step, key: share([next(e[key] for e in curve if e["step"] == step) for curve in curves])
-        health = [f"{mean(mean(e[k] for e in c[1:]) for c in curves):.2f}" for k in ("anchor_size", "anchor_dead")]
+        anchors = [f"{mean(mean(e[k] for e in c[1:]) for c in curves):.2f}" for k in ("anchor_size", "anchor_dead")]
         print(f"| {method} | {lr} | {at(0, 'pass1')} | {at(100, 'pass1')} | {at(200, 'pass1')} | {at(200, 'greedy')} | "
-              f"{' | '.join(health)} | {mean(c[-1]['seconds'] for c in curves):.0f} |")
+              f"{' | '.join(anchors)} | {mean(c[-1]['seconds'] for c in curves):.0f} |")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ except ImportError:
 NAMES = {"tpo": ("TPO", "#d62728"), "grpo": ("GRPO", "#ff7f0e"), "pg": ("PG", "#1f77b4"), "dg": ("DG", "#2ca02c"),
          "group_pg": ("Group PG", "#9467bd"), "ce": ("CE", "#7f7f7f"), "ppo": ("PPO", "#8c564b"),
          "tpo:anchor=1": ("TPO α=1", "#d62728"), "tpo:anchor=0.25": ("TPO α=.25", "#e377c2"),
-         "tpo:anchor=0": ("TPO α=0", "#17becf"), "grpo_no_kl": ("GRPO, no KL", "#bcbd22"),
+         "tpo:anchor=0": ("TPO α=0", "#17becf"), "tpo:anchor=0.05": ("TPO α=.05", "#9467bd"),
+         "tpo:anchor=1:length_normalize": ("TPO, token means", "#7f7f7f"), "grpo_no_kl": ("GRPO, no KL", "#bcbd22"),
          "grpo_masked": ("GRPO, masked", "#17becf"), "tpo_no_anchor": ("TPO, no anchor", "#e377c2"),
          "tpo_token": ("TPO", "#d62728"), "grpo_token": ("GRPO", "#ff7f0e")}
 TITLES = {"single": "1 context, 100 arms", "multi": "100 contexts, 10 arms", "mnist": "MNIST"}
@@ -130,13 +131,14 @@ def draw(axis, curves, floor):
             push = max(0, 0.07 - above[0] + below[0]) / 2
             below[0], above[0] = below[0] - push, above[0] + push
     for height, algo in labels:
-        axis.text(1.02, height, NAMES.get(algo, (algo, 0))[0], color=NAMES.get(algo, (algo, "#555555"))[1], transform=axis.transAxes, va="center")
+        name, color = NAMES.get(algo, (algo, "#555555"))
+        axis.text(1.02, height, name, color=color, transform=axis.transAxes, va="center")
 
 
 if __name__ == "__main__":
     here = Path(__file__).parent
     for log in map(Path, sys.argv[1:] or [*sorted(here.glob("bandit_*.jsonl")), *sorted(here.glob("seq_*.jsonl")),
-                                          *sorted(here.glob("llm_[cd]*.jsonl"))]):
+                                          *sorted(here.glob("llm_[cd]*.jsonl")), here / "long_learn.jsonl"]):
         records = [json.loads(line) for line in log.read_text().splitlines()]
         figure = next((f for key, f in dict(preset=seq, init_from=llm, setting=compare).items() if key in records[0]), bandit)
         figure(records, log.with_suffix(".png"))
