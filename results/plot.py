@@ -12,6 +12,7 @@ except ImportError:
     raise SystemExit("plots need matplotlib: pip install matplotlib")
 
 NAMES = {"tpo": ("TPO", "#d62728"), "grpo": ("GRPO", "#ff7f0e"), "pg": ("PG", "#1f77b4"), "dg": ("DG", "#2ca02c"),
+         "dg:lr=1e-3:epochs=2": ("DG, 2 epochs", "#98df8a"),
          "group_pg": ("Group PG", "#9467bd"), "ce": ("CE", "#7f7f7f"), "ppo": ("PPO", "#8c564b"),
          "tpo:anchor=1": ("TPO α=1", "#d62728"), "tpo:anchor=0.25": ("TPO α=.25", "#e377c2"),
          "tpo:anchor=0": ("TPO α=0", "#17becf"), "tpo:anchor=0.05": ("TPO α=.05", "#9467bd"),
@@ -47,8 +48,9 @@ def llm(records, path):
     runs = {}
     for r in records:
         if r["kind"] == "config":
-            runs.setdefault(r["algo"].split(":")[0], []).append([])
-            log = runs[r["algo"].split(":")[0]][-1]
+            name = r["algo"] if r["algo"] in NAMES else r["algo"].split(":")[0]
+            log = []
+            runs.setdefault(name, []).append(log)
         elif r["kind"] == "eval":
             log.append(r)
     n = len(next(iter(runs.values())))
