@@ -326,7 +326,8 @@ class Muon:
 
 def optimizers(P, lr):
     """Muon for what is 2-D in the reference: embeddings, MLP kernels, the head, and, as a quirk of its shapes that we
-    keep, the (heads, 32) biases of q, k and v. AdamW for the rest: its attention kernels are 3-D, so they are here."""
+    keep, the (heads, 32) biases of q, k and v. AdamW for the rest: its attention kernels are 3-D, so they are here. Not
+    kept: optax.contrib.muon gives its AdamW Nesterov momentum and corrects Muon's bias (results/seq_optax.txt)."""
     names = ("token", "position", "qkv_bias", "up.", "down.", "head")
     on_muon = {name for name in P if name.startswith(names) and name != "head_bias"}
     return (Muon([P[name] for name in P if name in on_muon], lr),
