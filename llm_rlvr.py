@@ -1279,6 +1279,11 @@ def plan(argv):
         fail(f"--algo {shared.algo}: allowed are lists without repeats")
     if shared.export and len(entries) > 1:
         fail(f"--export {shared.export}: allowed with one algorithm, not with a list")
+    if shared.export:
+        try:
+            import safetensors  # noqa: F401
+        except ImportError:
+            fail("--export needs safetensors: pip install safetensors")
     shared_flags = "algo", "task", "data", "shots", "init_from", "out", "resume", "device", "compile", "plot"
     own = [f.name for f in fields(Config) if f.name not in shared_flags]
     for entry in entries:
@@ -1334,11 +1339,6 @@ def main(argv=None):
             import matplotlib.pyplot as plt
         except ImportError:
             fail("--plot needs matplotlib: pip install matplotlib")
-    if parse(argv).export:
-        try:
-            import safetensors  # noqa: F401
-        except ImportError:
-            fail("--export needs safetensors: pip install safetensors")
     runs = plan(argv)
     if RANKS > 1:
         distributed.init_process_group("nccl" if pick_device(runs[0][0].device).type == "cuda" else "gloo")
