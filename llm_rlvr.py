@@ -640,9 +640,11 @@ def chat_template(template, bos, eos):
     sandbox.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
     sandbox.globals.update(strftime_now=time.strftime, raise_exception=lambda message: fail(f"--init-from: {message}"))
 
+    compiled = cache(sandbox.from_string)                               # on first use, so that one place tells errors
+
     def render(text):
         try:
-            return sandbox.from_string(template).render(
+            return compiled(template).render(
                 messages=[{"role": "user", "content": text}], bos_token=bos, eos_token=eos,
                 add_generation_prompt=True, enable_thinking=False)
         except TemplateError as error:
@@ -918,8 +920,9 @@ class Trainer:
                 logp, graph = self.log_policy_in_parts(batch, parts)
                 if epoch == 0:
                     logp = logp + self.log_policy_in_parts(batch, self.micro_batches(batch, ~groups[mine]))[0]
-                    logp_old = gather(logp.view(b, K, T))
                 logp = gather(logp.view(b, K, T))
+                if epoch == 0:
+                    logp_old = logp.detach()
             logp.requires_grad_()                                                                      # (B, K, T)
             now, old, r, mask = (x[groups] for x in (logp, logp_old, R, seen))
             if self.grouped:                                                       # tpo_loss builds q from old and r
@@ -952,7 +955,7 @@ class Trainer:
 
     def micro_batches(self, batch, groups):
         """Rows of the prompts that groups (b,) names, by prompt and length, in parts of about --micro-tokens tokens."""
-        (R, T), P = batch.y.shape, batch.tokens.shape[1]
+        T, P = batch.y.shape[1], batch.tokens.shape[1]
         rows = (batch.of * (T + 1) - batch.real.sum(-1)).argsort()
         rows = rows[groups[batch.of[rows]]]
         return rows.split(max(1, self.c.micro_tokens // (T + P // self.c.candidates))) if len(rows) else ()

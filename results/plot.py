@@ -118,11 +118,12 @@ def seq(records, path):
 def draw(axis, curves, floor):
     """Curves {algo: [(x, mean, s.e.), ...]} on a log axis that ends at the floor (0: linear), each labelled at its end."""
     axis.set_yscale("log" if floor else "linear")
+    look = lambda algo: NAMES.get(algo, (algo, "#555555"))                                               # name, color
     for algo, points in curves.items():
-        x, y, se = zip(*points)
+        (_, color), (x, y, se) = look(algo), zip(*points)
         low, high = ([max(m + sign * s, floor / 10) for m, s in zip(y, se)] for sign in (-1, 1))
-        axis.plot(x, [max(m, floor / 10) for m in y], color=NAMES.get(algo, (algo, "#555555"))[1], linewidth=2)
-        axis.fill_between(x, low, high, color=NAMES.get(algo, (algo, "#555555"))[1], alpha=0.2, linewidth=0)
+        axis.plot(x, [max(m, floor / 10) for m in y], color=color, linewidth=2)
+        axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     axis.margins(x=0)
     axis.set_ylim(bottom=max(floor, axis.get_ylim()[0]))
     axis.spines[["top", "right"]].set_visible(False)
@@ -133,7 +134,7 @@ def draw(axis, curves, floor):
             push = max(0, 0.07 - above[0] + below[0]) / 2
             below[0], above[0] = below[0] - push, above[0] + push
     for height, algo in labels:
-        name, color = NAMES.get(algo, (algo, "#555555"))
+        name, color = look(algo)
         axis.text(1.02, height, name, color=color, transform=axis.transAxes, va="center")
 
 
