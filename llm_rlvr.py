@@ -307,10 +307,13 @@ def load_task(task, data, shots):
 
 def find_task(c):
     """The task that c names, always the same instance: of TASKS, or one that needs a pretrained model."""
+    if c.task not in (*TASKS, "gsm8k", "jsonl") and not c.task.startswith("rg:"):
+        fail(f"--task {c.task}: allowed are {', '.join(TASKS)}, gsm8k, jsonl, rg:NAME")
+    for name, value, tasks in (("data", c.data, ("gsm8k", "jsonl")), ("shots", c.shots, ("gsm8k",))):
+        if value and c.task not in tasks:
+            fail(f"--{name} {value}: goes with --task {' or '.join(tasks)}, not with {c.task}")
     if c.task in TASKS:
         return TASKS[c.task]
-    if c.task not in ("gsm8k", "jsonl") and not c.task.startswith("rg:"):
-        fail(f"--task {c.task}: allowed are {', '.join(TASKS)}, gsm8k, jsonl, rg:NAME")
     if not c.init_from:
         fail(f"--task {c.task}: needs --init-from DIR")
     if not c.data and not c.task.startswith("rg:"):
@@ -332,7 +335,8 @@ def puzzles(task, rng, n, split):
             found.append((text, key))
             if len(found) == n:
                 return found
-    fail(f"--task: only {len(found)} of {1000 * n} prompts are in the split {split}; the task needs more puzzles")
+    fail(f"--task: of {1000 * n} puzzles drawn {len(found)} are in the split {split}, which has about 1 in 10 different "
+         "ones; the task needs more of them")
 
 
 @cache
@@ -1054,6 +1058,8 @@ class Trainer:
 
         def ask_to_stop(signum, _):
             stop.append(signum)
+            if not RANK:                                                        # print may not be called in a handler
+                os.write(1, b"stopping after this update; the same again stops at once\n")
             signal.signal(signum, signal.SIG_DFL)                               # the second Ctrl-C does not wait
 
         handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}

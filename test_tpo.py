@@ -744,6 +744,8 @@ def test_tasks_for_pretrained_models_name_what_is_missing(tmp_path, capsys, monk
     one_line(lambda: found([*gsm8k_folder(tmp_path), "--shots", "-1"]), capsys, "--shots -1")
     (tmp_path / "empty.jsonl").write_text("\n\n")
     one_line(lambda: found([*init, "jsonl", "--data", str(tmp_path / "empty.jsonl")]), capsys, "--data empty.jsonl")
+    one_line(lambda: found(["--data", "mine.jsonl"]), capsys, "--data mine.jsonl gsm8k jsonl graph_color")
+    one_line(lambda: found([*init, "rg:chain_sum", "--shots", "4"]), capsys, "--shots 4 gsm8k rg:chain_sum")
     one_line(lambda: found([*init, "chess"]), capsys, "--task chess knights_knaves gsm8k jsonl rg:NAME")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     one_line(lambda: found([*init, "rg:leg_counting"]), capsys, "--task rg:leg_counting pip install reasoning-gym")
@@ -915,7 +917,8 @@ def test_ctrl_c_saves_first_and_resume_continues(tmp_path):
     while "4/20" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    message = process.communicate()[1]
+    shown, message = process.communicate()
+    assert "stopping after this update" in shown
     assert process.returncode == 130 and "--resume" in message and message.count("\n") == 1
     assert 4 <= torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] < 20
     (tmp_path / "cut" / "log.jsonl").write_text("{half a li")                # the checkpoint holds the log as well

@@ -192,6 +192,8 @@ if __name__ == "__main__":
         parser.error(f"--model {args.model}: goes with llm")
     if bool(args.reference) != bool(args.command):
         parser.error("--reference and --command go together: the clone's folder, and what to time in it")
+    if args.reference and args.what == "llm":
+        parser.error(f"--reference {args.reference}: goes with bandit and seqtask")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     if args.what == "llm":
         rl()

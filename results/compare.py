@@ -2,7 +2,7 @@
 
     python results/compare.py tune       writes results/llm_tune.jsonl, one line per run
     python results/compare.py record     takes each algorithm's best setting from there, writes results/llm_compare.jsonl
-    python results/compare.py table      prints the README's table from that
+    python results/compare.py table      prints the table of results/README.md from that
 One run per CPU core at a time, one thread each. A run that is already in the file is not repeated.
 """
 import json
