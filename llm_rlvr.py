@@ -660,9 +660,9 @@ def chat_template(template, bos, eos):
 class LoRA(nn.Module):
     """y = W x + 2 B A x (Hu et al., arXiv 2106.09685, with its alpha = 2 rank). W is frozen, and B = 0 at the start."""
 
-    def __init__(self, base, rank):
+    def __init__(self, base, rank, dtype):
         super().__init__()
-        self.base = base
+        self.base = base.to(dtype)                              # nothing is added to it, so bf16 loses nothing twice
         self.A = nn.Parameter(torch.randn(rank, base.in_features) * base.in_features ** -0.5)
         self.B = nn.Parameter(torch.zeros(base.out_features, rank))
 
@@ -670,14 +670,14 @@ class LoRA(nn.Module):
         return self.base(x) + 2 * F.linear(F.linear(x, self.A), self.B)
 
 
-def add_lora(model, rank):
-    """Freeze the model and give every linear map inside its blocks a trained branch."""
+def add_lora(model, rank, dtype):
+    """Freeze the model and give every linear map inside its blocks, kept in dtype, a trained fp32 branch."""
     model.requires_grad_(False)
     for block in model.model["layers"]:
         for part in (block.self_attn, block.mlp):
             for name, child in list(part.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(part, name, LoRA(child, rank))
+                    setattr(part, name, LoRA(child, rank, dtype))
 
 
 @torch.no_grad()
@@ -687,8 +687,8 @@ def merge_lora(model):
         for part in (block.self_attn, block.mlp):
             for name, child in list(part.named_children()):
                 if isinstance(child, LoRA):
+                    setattr(part, name, child.base.float())
                     child.base.weight += 2 * child.B @ child.A
-                    setattr(part, name, child.base)
     return model
 
 
@@ -871,7 +871,7 @@ class Trainer:
             self.model = GPT(ModelConfig(self.enc.n_vocab, c.width, c.layers, c.heads, c.kv_heads, c.width // c.heads,
                                          hidden=8 * math.ceil(c.width / 3)))
         if c.lora_rank:
-            add_lora(self.model, c.lora_rank)
+            add_lora(self.model, c.lora_rank, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.model.to(self.device).recompute = c.recompute
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.token_logp = torch.compile(token_logp) if c.compile else token_logp
@@ -1148,7 +1148,7 @@ def diagnose(logp_old, logp, real, ended, R, c):
     shift = (q - anchor).abs().sum(-1)                                                                 # (B,)
     return dict(reward=R.mean(), kl=torch.xlogy(q, q / anchor.clamp(min=1e-38)).sum(-1).mean(),
                 informative=(standardize(R) != 0).any(-1).float().mean(), entropy=-logp.sum() / real.sum(),
-                unfinished=1 - ended.float().mean(), anchor_max=anchor.amax(-1).mean(),
+                tokens=real.sum(-1).float().mean(), unfinished=1 - ended.float().mean(), anchor_max=anchor.amax(-1).mean(),
                 anchor_size=(1 / anchor.square().sum(-1)).mean(), anchor_shift=shift.mean(),
                 anchor_dead=(shift < 1e-3).float().mean())
 
@@ -1158,7 +1158,8 @@ def progress(r, steps, left):
     if "reward" not in r:
         return text + "  (before the first update)"
     return text + (f", {left:.0f} s left  reward {r['reward']:.3f}  KL(q||p) {r['kl']:.3f}  "
-                   f"informative {r['informative']:.2f}  unfinished {r['unfinished']:.2f}  entropy {r['entropy']:.3f}  "
+                   f"informative {r['informative']:.2f}  tokens {r['tokens']:.1f}  unfinished {r['unfinished']:.2f}  "
+                   f"entropy {r['entropy']:.3f}  "
                    f"anchor max {r['anchor_max']:.2f} size {r['anchor_size']:.1f}  "
                    f"sample {r['sample_tok_s']:,} train {r['train_tok_s']:,} tok/s")
 

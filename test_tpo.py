@@ -1129,7 +1129,7 @@ def test_broken_checkpoint_is_one_line(damage, words, tmp_path, capsys):
 def test_lora_starts_at_the_model_trains_its_branches_and_merges_back():
     model, tokens, y, of = tiny_model(), torch.tensor([[1, 2, 3]] * 2), torch.randint(0, 20, (6, 5)), torch.arange(6) // 3
     names, before = list(model.state_dict()), llm_rlvr.token_logp(model, tokens, tokens > 0, y, of).detach()
-    llm_rlvr.add_lora(model, 4)
+    llm_rlvr.add_lora(model, 4, torch.float32)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 2 * 7 and all(name.endswith((".A", ".B")) and 4 in p.shape for name, p in trained.items())
     torch.testing.assert_close(llm_rlvr.token_logp(model, tokens, tokens > 0, y, of), before)
@@ -1141,6 +1141,25 @@ def test_lora_starts_at_the_model_trains_its_branches_and_merges_back():
     assert (changed - before).abs().max() > 0.01
     assert list(llm_rlvr.merge_lora(model).state_dict()) == names
     torch.testing.assert_close(llm_rlvr.token_logp(model, tokens, tokens > 0, y, of), changed, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_on_frozen_bf16_weights_computes_the_same_and_merges_in_fp32():
+    model, prompt, y = tiny_model(), torch.tensor([[1, 2, 3]]), torch.randint(0, 20, (3, 5))
+    for p in model.parameters():
+        p.data = p.data.bfloat16().float()                                                # a checkpoint stored in bf16
+    log_policy = lambda: llm_rlvr.token_logp(model, prompt, prompt > 0, y, torch.zeros(3, dtype=torch.long))
+    with torch.autocast("cpu", torch.bfloat16):
+        before = log_policy()
+        llm_rlvr.add_lora(model, 4, torch.bfloat16)
+        assert torch.equal(log_policy(), before)
+        (-log_policy().sum()).backward()
+    gate = model.model["layers"][0].mlp.gate_proj
+    assert gate.base.weight.dtype == torch.bfloat16 and gate.B.dtype == torch.float32 and gate.B.grad.abs().max() > 0
+    torch.nn.init.normal_(gate.B, std=1e-4)                                                # too small for bf16's 8 bits
+    wanted = gate.base.weight.float() + 2 * gate.B @ gate.A
+    llm_rlvr.merge_lora(model)
+    merged = model.model["layers"][0].mlp.gate_proj.weight
+    assert torch.equal(merged, wanted) and not torch.equal(merged, wanted.bfloat16().float())
 
 
 TEXTS = ["Natalia sold 48 clips in April, and 1,205 in May.", "x  =  12   +3\n\n\n  y\t7 8", "it's WE'LL they've 'tis",

@@ -84,7 +84,7 @@ for flags in ([], ["--lora-rank", "32"]):
         t.update()
     cache = 2 * 28 * 8 * 128 * 2 * B * K * (P + T / 2)                                            # bytes of bf16, mean over steps
     show("1.7B update " + " ".join(flags), params=n, peak_gb=torch.cuda.max_memory_allocated() / 1e9, sample_tok_s=t.rate("sample"),
-         train_tok_s=t.rate("train"), share_of_bandwidth=t.rate("sample") / (B * K) * (4 * n + cache) / copy,      # weights are fp32
+         train_tok_s=t.rate("train"), share_of_bandwidth=t.rate("sample") / (B * K) * (2 * n + cache) / copy,      # bf16 copies
          share_of_matmul=t.rate("train") * 6 * n / matmul)
     del t
 

@@ -2,10 +2,12 @@
 
     python results/long_completions.py spread MODEL GSM8K       5 groups of 16 completions each of gsm8k and rg:chain_sum
     python results/long_completions.py learn                    learning curves on graph coloring with thinking aloud, 30 runs
+    python results/long_completions.py smol MODEL [METHOD ...]  learning curves of the real model on rg:gcd, an hour and a half on two cores
     python results/long_completions.py table                    the tables of long_completions.md
 
 MODEL is a folder with SmolLM2-135M-Instruct, GSM8K one with train.jsonl and test.jsonl; reasoning-gym and safetensors are needed.
-Writes long_spread.jsonl, a line per group, and long_tune.jsonl and long_learn.jsonl, a line per run; what is there is not repeated.
+Writes long_spread.jsonl, a line per group, and long_tune.jsonl, long_learn.jsonl and long_smol.jsonl, a line per run; what is there is not
+repeated.
 """
 import json
 import sys
@@ -23,9 +25,10 @@ SPREAD = HERE / "long_spread.jsonl"
 ALPHAS = 1.0, 0.25, 0.05, 0.0
 
 
-TUNE, LEARN = HERE / "long_tune.jsonl", HERE / "long_learn.jsonl"
+TUNE, LEARN, SMOL = HERE / "long_tune.jsonl", HERE / "long_learn.jsonl", HERE / "long_smol.jsonl"
 METHODS = ("tpo:anchor=1", "tpo:anchor=0.25", "tpo:anchor=0.05", "tpo:anchor=0", "tpo:anchor=1:length_normalize", "grpo")
 RATES, TUNING, SEEDS = (1e-3, 2e-3), 100, (0, 1, 2)
+SMOL_METHODS, SMOL_RATES, SMOL_SEEDS = ("tpo:anchor=0", "grpo", "tpo:anchor=1:length_normalize", "tpo:anchor=1"), (3e-5, 6e-5), (0, 1)
 
 
 class Aloud(llm_rlvr.GraphColor):
@@ -50,34 +53,46 @@ def lines(path=SPREAD):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def run(file, task, method, lr, seed, flags):
+    """The line of file with this setting, after running llm_rlvr.py if there is none."""
+    setting = dict(task=task, algo=method, setting=lr, seed=seed)
+    for r in lines(file):
+        if setting == {k: r[k] for k in setting}:
+            return r
+    name, *changes = method.split(":")
+    flags = (f"--task {task} --algo {name} --lr {lr} --seed {seed} {flags} --epochs 1 --device cpu "
+             f"--out out/long/{method.replace(':', '-')}-{lr}-{seed} " + " ".join("--" + c.replace("_", "-") for c in changes)).split()
+    llm_rlvr.main(flags)
+    log = lines(Path(flags[flags.index("--out") + 1]) / "log.jsonl")
+    keep = ("step", "seconds", "pass1", "greedy", "reward", "informative", "unfinished", "entropy", "anchor_max", "anchor_size",
+            "anchor_shift", "anchor_dead")
+    r = setting | {"command": "python llm_rlvr.py " + " ".join(flags),
+                   "curve": [{k: e[k] for k in keep if k in e} for e in log if e["kind"] == "eval"],
+                   **{name: [e[key] for e in log if e["kind"] == "update"] for name, key in
+                      (("rewards", "reward"), ("lengths", "tokens"), ("shifts", "anchor_shift"))}}
+    with file.open("a") as f:
+        f.write(json.dumps(r) + "\n")
+    return r
+
+
 def learn():
     """Each method at the better of two learning rates on a tuning seed, then three fresh seeds on the test puzzles."""
     llm_rlvr.TASKS["aloud"] = Aloud()
-
-    def run(method, lr, seed, file):
-        setting, exam = dict(task="aloud", algo=method, setting=lr, seed=seed), "heldout" if file == TUNE else "test"
-        for r in lines(file):
-            if setting == {k: r[k] for k in setting}:
-                return r
-        flags = (f"--task aloud --algo {method.split(':')[0]} --lr {lr} --seed {seed} --eval-set {exam} --steps 200 --prompts 8 --epochs 1 "
-                 f"--eval-every 25 --eval-puzzles 128 --device cpu --out out/long/{method.replace(':', '-')}-{lr}-{seed} "
-                 + " ".join("--" + change.replace("_", "-") for change in method.split(":")[1:])).split()
-        llm_rlvr.main(flags)
-        folder = Path(flags[flags.index("--out") + 1])
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        keep = ("step", "seconds", "pass1", "greedy", "reward", "informative", "entropy", "anchor_max", "anchor_size", "anchor_shift",
-                "anchor_dead")
-        r = setting | {"command": "python llm_rlvr.py " + " ".join(flags), "curve": [
-            {k: e[k] for k in keep if k in e} for e in log if e["kind"] == "eval"]}
-        with file.open("a") as f:
-            f.write(json.dumps(r) + "\n")
-        return r
-
+    flags = "--steps 200 --prompts 8 --eval-every 25 --eval-puzzles 128 --eval-set "
     for method in METHODS:
-        tried = {lr: run(method, lr, TUNING, TUNE)["curve"] for lr in RATES}
+        tried = {lr: run(TUNE, "aloud", method, lr, TUNING, flags + "heldout")["curve"] for lr in RATES}
         best = max(RATES, key=lambda lr: tried[lr][-1]["pass1"] + mean(e["pass1"] for e in tried[lr]))
         for seed in SEEDS:
-            run(method, best, seed, LEARN)
+            run(LEARN, "aloud", method, best, seed, flags + "test")
+
+
+def smol(model, *methods):
+    """Each method at two learning rates with the first seed, then at the better one, by all rewards, with the other seeds."""
+    flags = f"--init-from {model} --steps 40 --prompts 2 --max-new-tokens 64 --eval-every 20 --eval-puzzles 32"
+    for method in methods or SMOL_METHODS:
+        tried = {lr: mean(run(SMOL, "rg:gcd", method, lr, SMOL_SEEDS[0], flags)["rewards"]) for lr in SMOL_RATES}
+        for seed in SMOL_SEEDS[1:]:
+            run(SMOL, "rg:gcd", method, max(tried, key=tried.get), seed, flags)
 
 
 def spread(model, data, groups=5):
@@ -132,4 +147,4 @@ def table():
 
 
 if __name__ == "__main__":
-    {"spread": spread, "learn": learn, "table": table}[sys.argv[1]](*sys.argv[2:])
+    {"spread": spread, "learn": learn, "smol": smol, "table": table}[sys.argv[1]](*sys.argv[2:])

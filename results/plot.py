@@ -85,6 +85,26 @@ def compare(runs, path):
     print(f"wrote {path}")
 
 
+def smol(runs, path):
+    """Training reward and length of the runs of long_completions.py on a pretrained model: means of five updates."""
+    best = {}                                                         # algorithm -> the setting that all seeds were run with
+    for r in runs:
+        best.setdefault(r["algo"], {}).setdefault(r["setting"], []).append(r)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    for axis, key in zip(axes, ("rewards", "lengths")):
+        curves = {}
+        for algo, settings in best.items():
+            same = max(settings.values(), key=len)
+            blocks = [[mean(r[key][i:i + 5]) for r in same] for i in range(0, len(same[0][key]), 5)]
+            curves[algo] = [(5 * i + 3, mean(v), stdev(v) / len(v)**0.5 if len(v) > 1 else 0) for i, v in enumerate(blocks)]
+        draw(axis, curves, floor=0)
+        axis.set_xlabel("update")
+        title = {"rewards": "training reward", "lengths": "tokens per completion"}[key]
+        axis.set_title(f"SmolLM2-135M-Instruct on rg:gcd, {len(same)} seeds: {title}", fontsize=10)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
 def seq(records, path):
     """Error of seqtask.py's runs against episodes, a panel per setting: mean over seeds, band of one s.e."""
     panels, dense = {}, False
@@ -141,7 +161,8 @@ def draw(axis, curves, floor):
 if __name__ == "__main__":
     here = Path(__file__).parent
     for log in map(Path, sys.argv[1:] or [*sorted(here.glob("bandit_*.jsonl")), *sorted(here.glob("seq_*.jsonl")),
-                                          *sorted(here.glob("llm_[cd]*.jsonl")), here / "long_learn.jsonl"]):
+                                          *sorted(here.glob("llm_[cd]*.jsonl")), here / "long_learn.jsonl", here / "long_smol.jsonl"]):
         records = [json.loads(line) for line in log.read_text().splitlines()]
         figure = next((f for key, f in dict(preset=seq, init_from=llm, setting=compare).items() if key in records[0]), bandit)
+        figure = smol if log.name == "long_smol.jsonl" else figure
         figure(records, log.with_suffix(".png"))
