@@ -145,6 +145,16 @@ def table():
         print(f"| {method} | {lr} | {at(0, 'pass1')} | {at(100, 'pass1')} | {at(200, 'pass1')} | {at(200, 'greedy')} | "
               f"{' | '.join(anchors)} | {mean(c[-1]['seconds'] for c in curves):.0f} |")
 
+    print("\n| method | lr | seeds | reward of updates 1 to 5 | 16 to 20 | 36 to 40 | tokens, 1 to 5 | 36 to 40 | pass@1 after | sum abs(q - a), 1 to 5 | "
+          "minutes |\n|" + "---|" * 11)
+    runs = lines(SMOL)
+    for method, lr in dict.fromkeys((r["algo"], r["setting"]) for r in runs):
+        same = [r for r in runs if (r["algo"], r["setting"]) == (method, lr)]
+        part = lambda key, i: f"{mean(mean(r[key][i:i + 5]) for r in same):.3g}"
+        print("", method, lr, ", ".join(str(r["seed"]) for r in same), *(part("rewards", i) for i in (0, 15, 35)),
+              *(part("lengths", i) for i in (0, 35)), ", ".join(f"{100 * r['curve'][-1]['pass1']:.0f} %" for r in same), part("shifts", 0),
+              f"{mean(r['curve'][-1]['seconds'] for r in same) / 60:.0f}", "", sep=" | ")
+
 
 if __name__ == "__main__":
     {"spread": spread, "learn": learn, "smol": smol, "table": table}[sys.argv[1]](*sys.argv[2:])
