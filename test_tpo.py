@@ -1796,6 +1796,12 @@ def records_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_seqtask_last_line_names_what_varies(capsys):
+    seqtask.main("--algo tpo,dg --length 2,3 --episodes 10 --batch 4 --seeds 1".split())
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert {part.rpartition(" ")[0] for part in last.split(": ")[1].split(", ")} == {"tpo H 2", "tpo H 3", "dg H 2", "dg H 3"}
+
+
 def test_seqtask_result_by_hand():
     errors = torch.linspace(1, 0, 40)[:, None].repeat(1, 4)
     errors[:, 3] = 1

@@ -1,7 +1,7 @@
 """An hour of llm_rlvr.py with an eye on its memory: python results/soak.py [--minutes 60] [flags of llm_rlvr.py]
 
 Runs the default job with a step count that it will not reach, reads its resident memory every ten seconds, stops it as Ctrl-C does, and
-compares the first ten minutes (after one of warm-up) with the last ten. Not yet recorded. Linux.
+compares the first ten minutes (after one of warm-up) with the last ten. Recorded in soak.txt. Linux.
 """
 import argparse
 import signal
