@@ -335,8 +335,8 @@ def puzzles(task, rng, n, split):
             found.append((text, key))
             if len(found) == n:
                 return found
-    fail(f"--task: of {1000 * n} puzzles drawn {len(found)} are in the split {split}, which has about 1 in 10 different "
-         "ones; the task needs more of them")
+    fail(f"--task: of {1000 * n} puzzles drawn {len(found)} are in the split {split}, which has about 1 in 10 of those "
+         "that differ; the task needs more of them")
 
 
 @cache
@@ -875,15 +875,17 @@ class Trainer:
         self.model.to(self.device).recompute = c.recompute
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.token_logp = torch.compile(token_logp) if c.compile else token_logp
-        self.optimizer = self.adamw(c.lr)
+        adamw = dict(lr=c.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        if RANKS == 1:
+            self.optimizer = torch.optim.AdamW(self.trained, **adamw)
+        else:                                              # each rank keeps the moments of a part of the parameters
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+            self.optimizer = ZeroRedundancyOptimizer(self.trained, torch.optim.AdamW, **adamw)
         self.rng, self.generator = random.Random(c.seed), torch.Generator(self.device).manual_seed(c.seed)
         self.exam = exam(self.task, c.eval_set, c.eval_puzzles)
         self.step, self.seconds = 0, 0.0                                     # updates done, time spent on them
         self.records, self.recent = [{"kind": "config", **asdict(c)}], []   # the log; metrics since the last evaluation
         self.tally = dict.fromkeys(("sample_tokens", "sample_seconds", "train_tokens", "train_seconds"), 0.0)
-
-    def adamw(self, lr):
-        return torch.optim.AdamW(self.trained, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
@@ -1018,7 +1020,8 @@ class Trainer:
             self.model.load_state_dict(saved["model"])
             self.seconds = saved["seconds"]
             return print(f"warm start ({self.seconds:.0f} s of training) read from {path}")
-        rng, optimizer = random.Random(f"warm {c.seed}"), self.adamw(2e-3)
+        rng = random.Random(f"warm {c.seed}")
+        optimizer = torch.optim.AdamW(self.trained, 2e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         for step in range(c.warm_steps):
             if stop:
                 fail("stopped in the warm start: there is nothing to resume yet", 130)
@@ -1038,9 +1041,12 @@ class Trainer:
         write(path, {"model": self.model.state_dict(), "seconds": self.seconds})
 
     def state(self):
+        if RANKS > 1:
+            self.optimizer.consolidate_state_dict()                                # to the first process, which writes
+        optimizer = {} if RANK else self.optimizer.state_dict()
         return dict(config=asdict(self.c), device=self.device.type, step=self.step, seconds=self.seconds,
                     records=self.records, recent=self.recent, tally=self.tally, rng=self.rng.getstate(),
-                    generator=self.generator.get_state(), optimizer=self.optimizer.state_dict(),
+                    generator=self.generator.get_state(), optimizer=optimizer,
                     model={name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad})
 
     def restore(self, path):
@@ -1148,9 +1154,9 @@ def diagnose(logp_old, logp, real, ended, R, c):
     shift = (q - anchor).abs().sum(-1)                                                                 # (B,)
     return dict(reward=R.mean(), kl=torch.xlogy(q, q / anchor.clamp(min=1e-38)).sum(-1).mean(),
                 informative=(standardize(R) != 0).any(-1).float().mean(), entropy=-logp.sum() / real.sum(),
-                tokens=real.sum(-1).float().mean(), unfinished=1 - ended.float().mean(), anchor_max=anchor.amax(-1).mean(),
-                anchor_size=(1 / anchor.square().sum(-1)).mean(), anchor_shift=shift.mean(),
-                anchor_dead=(shift < 1e-3).float().mean())
+                tokens=real.sum(-1).float().mean(), unfinished=1 - ended.float().mean(),
+                anchor_max=anchor.amax(-1).mean(), anchor_size=(1 / anchor.square().sum(-1)).mean(),
+                anchor_shift=shift.mean(), anchor_dead=(shift < 1e-3).float().mean())
 
 
 def progress(r, steps, left):

@@ -547,8 +547,10 @@ def test_two_processes_are_one_with_the_same_batch(tmp_path):
                               text=True, cwd=Path(__file__).parent)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("took graph_color") == 1
-    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("one", "two"))
-    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
+    torch.testing.assert_close(one["model"], two["model"], atol=1e-5, rtol=1e-4)
+    for i, moments in one["optimizer"]["state"].items():                 # each rank kept a part of them, the file has all
+        torch.testing.assert_close(moments, two["optimizer"]["state"][i], atol=1e-4, rtol=1e-2)
     one, two = ([{k: v for k, v in r.items() if k != "kind"} for r in records(tmp_path / name) if r["kind"] == "update"]
                 for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
