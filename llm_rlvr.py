@@ -662,7 +662,7 @@ class LoRA(nn.Module):
 
     def __init__(self, base, rank, dtype):
         super().__init__()
-        self.base = base.to(dtype)                              # nothing is added to it, so bf16 loses nothing twice
+        self.base = base.to(dtype)                           # frozen: autocast would round it again for every token
         self.A = nn.Parameter(torch.randn(rank, base.in_features) * base.in_features ** -0.5)
         self.B = nn.Parameter(torch.zeros(base.out_features, rank))
 

@@ -161,7 +161,7 @@ def draw(axis, curves, floor):
 if __name__ == "__main__":
     here = Path(__file__).parent
     for log in map(Path, sys.argv[1:] or [*sorted(here.glob("bandit_*.jsonl")), *sorted(here.glob("seq_*.jsonl")),
-                                          *sorted(here.glob("llm_[cd]*.jsonl")), here / "long_learn.jsonl", here / "long_smol.jsonl"]):
+                                          *(here / f"{name}.jsonl" for name in ("llm_compare", "llm_default", "long_learn", "long_smol"))]):
         records = [json.loads(line) for line in log.read_text().splitlines()]
         figure = next((f for key, f in dict(preset=seq, init_from=llm, setting=compare).items() if key in records[0]), bandit)
         figure = smol if log.name == "long_smol.jsonl" else figure
