@@ -1199,6 +1199,19 @@ def test_token_ids_are_those_of_the_tokenizers_library(kind, tmp_path):
     assert enc.decode(encode(TEXTS[0])) == TEXTS[0]
 
 
+def test_token_ids_of_a_real_checkpoint_on_gsm8k():
+    """MODEL=DIR GSM8K=DIR pytest -k gsm8k: a checkpoint's folder, and one with train.jsonl."""
+    if not {"MODEL", "GSM8K"} <= os.environ.keys():
+        pytest.skip("set MODEL to the folder of a checkpoint and GSM8K to one with train.jsonl")
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
+    enc, *_ = llm_rlvr.read_tokenizer(Path(os.environ["MODEL"]))
+    peer = tokenizers.Tokenizer.from_file(str(Path(os.environ["MODEL"]) / "tokenizer.json"))
+    rows = records_of(Path(os.environ["GSM8K"]) / "train.jsonl")
+    texts = [row[name] for row in rows for name in ("question", "answer")]
+    assert len(texts) > 2000
+    assert [enc.encode(t, allowed_special="all") for t in texts] == [e.ids for e in peer.encode_batch(texts, add_special_tokens=False)]
+
+
 def test_chat_template_is_rendered_as_transformers_does(tmp_path):
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
     bpe_folder("qwen", tmp_path)

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 SCRIPT = Path(__file__).parents[1] / "llm_rlvr.py"
-SMALL = ("--width 64 --layers 1 --heads 2 --kv-heads 1 --prompts 8 --candidates 8 --steps 24 --eval-every 2 "
+SMALL = ("--width 64 --layers 1 --heads 2 --kv-heads 1 --prompts 8 --candidates 8 --steps 80 --eval-every 2 "
          "--warm-steps 30 --device cpu").split()
 TIMES = {"seconds", "sample_seconds", "train_seconds", "sample_tok_s", "train_tok_s", "peak_mb"}
 
