@@ -23,6 +23,7 @@ import tempfile
 import time
 import unicodedata
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal
 from functools import cache, partial
@@ -81,7 +82,8 @@ class Config:
     width: int = flag(128, "embedding width, a multiple of 2 x heads")
     heads: int = flag(4, "query heads")
     kv_heads: int = flag(2, "key/value heads, a divisor of heads")
-    lora_rank: int = flag(0, "train low-rank branches of this rank instead of the weights; 0 is full training")
+    lora_rank: int = flag(0, "train low-rank branches of this rank instead of the weights, which on CUDA are kept in "
+                           "bf16; 0 is full training")
     micro_tokens: int = flag(8192, "tokens in one backward pass: lower it when memory runs out; the gradient "
                                    "stays the same")
     recompute: bool = flag(False, "keep no activations for the backward pass but those between blocks: slower, "
@@ -335,8 +337,7 @@ def puzzles(task, rng, n, split):
             found.append((text, key))
             if len(found) == n:
                 return found
-    fail(f"--task: of {1000 * n} puzzles drawn {len(found)} are in the split {split}, which has about 1 in 10 of those "
-         "that differ; the task needs more of them")
+    fail(f"--task: only {len(found)} of {1000 * n} drawn puzzles are in the split {split}, too few differ")
 
 
 @cache
@@ -421,7 +422,7 @@ class GPT(nn.Module):
         c = self.config
         frequency = c.theta ** -(torch.arange(0, c.head_dim, 2, device=tokens.device) / c.head_dim)
         angle = torch.cat((pos[..., None] * frequency,) * 2, -1)[..., None, :]                           # (..., 1, D)
-        rope, x = (angle.cos(), angle.sin()), self.model["embed_tokens"](tokens)
+        rope, x = (angle.cos(), angle.sin()), self.model["embed_tokens"](tokens).float()
         for i, block in enumerate(self.model["layers"]):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, partial(attend, i), use_reentrant=False)
@@ -671,8 +672,10 @@ class LoRA(nn.Module):
 
 
 def add_lora(model, rank, dtype):
-    """Freeze the model and give every linear map inside its blocks, kept in dtype, a trained fp32 branch."""
+    """Freeze the model, its matrices kept in dtype, and give those inside blocks a trained fp32 branch."""
     model.requires_grad_(False)
+    for table in (model.model["embed_tokens"], model.lm_head):
+        table.to(dtype)
     for block in model.model["layers"]:
         for part in (block.self_attn, block.mlp):
             for name, child in list(part.named_children()):
@@ -682,7 +685,9 @@ def add_lora(model, rank, dtype):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Add the branches to their weights: the model as it was named before."""
+    """Add the branches to their weights: the model as it was named before, in fp32."""
+    for table in (model.model["embed_tokens"], model.lm_head):
+        table.float()
     for block in model.model["layers"]:
         for part in (block.self_attn, block.mlp):
             for name, child in list(part.named_children()):
@@ -1053,6 +1058,8 @@ class Trainer:
         saved = load_run(self.c, path)
         self.model.load_state_dict(saved["model"], strict=False)                  # what was not trained is not in it
         self.optimizer.load_state_dict(saved["optimizer"])
+        if RANKS > 1:
+            self.optimizer.state.clear()                                 # a second copy, of which nothing makes use
         self.rng.setstate(saved["rng"])
         self.generator.set_state(saved["generator"])
         self.step, self.seconds, self.records, self.recent, self.tally = (
@@ -1064,9 +1071,9 @@ class Trainer:
 
         def ask_to_stop(signum, _):
             stop.append(signum)
-            if not RANK:                                                        # print may not be called in a handler
-                os.write(1, b"stopping after this update; the same again stops at once\n")
             signal.signal(signum, signal.SIG_DFL)                               # the second Ctrl-C does not wait
+            with suppress(OSError):                           # a pipe's reader gets Ctrl-C as well, and may be gone
+                os.write(1, b"" if RANK else b"stopping soon, with a checkpoint; the same again stops at once\n")
 
         handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -527,10 +527,9 @@ def report(results):
               f"{r['ms_per_episode_seed']:>12.1f}")
     seeds = {r["seeds"] for r in results}
     best = sorted(results, key=lambda r: r["final_error"])
-    varied = [(k, letter) for k, letter in dict(target="", reward="", length="H ", vocab="V ", candidates="K ",
-                                                epochs="E ", eta="eta ", match="").items()
-              if any(r[k] != other[k] for r in results for other in results if r["algo"] == other["algo"])]
-    where = lambda r: "".join(f"{letter}{r[k]} " for k, letter in varied)
+    names = dict(target="", reward="", length="H ", vocab="V ", candidates="K ", epochs="E ", eta="eta ", match="")
+    varied = [k for k in names if len({(r["algo"], r[k]) for r in results}) > len({r["algo"] for r in results})]
+    where = lambda r: "".join(f"{names[k]}{r[k] if isinstance(r[k], str) else format(r[k], 'g')} " for k in varied)
     print(f"final error, {max(seeds)} seed{'s' * (max(seeds) > 1)}: "
           + ", ".join(f"{r['algo']} {where(r)}{r['final_error']:.1%}" for r in best[:8]))
 

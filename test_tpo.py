@@ -537,20 +537,24 @@ def test_large_vocabulary_in_chunks(monkeypatch):
     assert max(heads) == 7
 
 
-def test_two_processes_are_one_with_the_same_batch(tmp_path):
-    """Whole groups to each rank: the same samples, losses and weights up to rounding."""
-    words = ["llm_rlvr.py", *TINY, "--algo", "grpo", "--steps", "3", "--eval-every", "3", "--eval-puzzles", "8",
+def test_two_processes_are_one_with_the_same_batch(tmp_path, monkeypatch):
+    """Whole groups to each rank: the same samples, losses and weights up to rounding, also where one process began."""
+    words = ["llm_rlvr.py", *TINY, "--algo", "grpo", "--steps", "3", "--eval-every", "1", "--eval-puzzles", "8",
              "--warm-steps", "60", "--max-new-tokens", "40", "--micro-tokens", "500", "--out"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"])):
-        done = subprocess.run([sys.executable, *launcher, *words, str(tmp_path / name)], env=env, capture_output=True,
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(llm_rlvr.Trainer, "update", dies_at(2))
+        llm_rlvr.main([*words[1:], str(tmp_path / "cut")])
+    env, both = {**os.environ, "OMP_NUM_THREADS": "1"}, "-m torch.distributed.run --nproc-per-node 2 --master-port 29517".split()
+    for name, launcher, more in (("one", [], []), ("two", both, []), ("cut", both, ["--resume"])):
+        done = subprocess.run([sys.executable, *launcher, *words, str(tmp_path / name), *more], env=env, capture_output=True,
                               text=True, cwd=Path(__file__).parent)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("took graph_color") == 1
-    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
-    torch.testing.assert_close(one["model"], two["model"], atol=1e-5, rtol=1e-4)
-    for i, moments in one["optimizer"]["state"].items():                 # each rank kept a part of them, the file has all
-        torch.testing.assert_close(moments, two["optimizer"]["state"][i], atol=1e-4, rtol=1e-2)
+    one, two, cut = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two", "cut"))
+    for other in (two, cut):
+        torch.testing.assert_close(one["model"], other["model"], atol=1e-5, rtol=1e-4)
+        for i, moments in one["optimizer"]["state"].items():             # each rank kept a part of them, the file has all
+            torch.testing.assert_close(moments, other["optimizer"]["state"][i], atol=1e-4, rtol=1e-2)
     one, two = ([{k: v for k, v in r.items() if k != "kind"} for r in records(tmp_path / name) if r["kind"] == "update"]
                 for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
@@ -885,23 +889,26 @@ def untimed(rows):
     return [{k: v for k, v in r.items() if k not in clocks} for r in rows]
 
 
+def dies_at(n, update=llm_rlvr.Trainer.update):
+    calls = []
+
+    def dying(self):
+        calls.append(1)
+        if len(calls) == n:
+            raise ConnectionError("power cut")
+        return update(self)
+
+    return dying
+
+
 def test_resume_is_bit_for_bit(tmp_path, monkeypatch):
     """A run that dies in the middle of an interval, resumed, ends in the same bits and the same log as an uninterrupted one."""
     run = lambda name, *more: llm_rlvr.main([*TINY, "--steps", "7", "--eval-every", "3", "--warm-steps", "5", "--epochs", "2",
                                             "--out", str(tmp_path / name), *more])
     run("whole")
-    plain, calls = llm_rlvr.Trainer.update, []
-
-    def dies(self):
-        calls.append(1)
-        if len(calls) == 6:
-            raise ConnectionError("power cut")
-        return plain(self)
-
-    monkeypatch.setattr(llm_rlvr.Trainer, "update", dies)
-    with pytest.raises(ConnectionError):
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(llm_rlvr.Trainer, "update", dies_at(6))
         run("cut")
-    monkeypatch.setattr(llm_rlvr.Trainer, "update", plain)
     run("cut", "--resume")
     a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("whole", "cut"))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and a["rng"] == b["rng"]
@@ -920,7 +927,7 @@ def test_ctrl_c_saves_first_and_resume_continues(tmp_path):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     shown, message = process.communicate()
-    assert "stopping after this update" in shown
+    assert "stopping soon, with a checkpoint" in shown
     assert process.returncode == 130 and "--resume" in message and message.count("\n") == 1
     assert 4 <= torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] < 20
     (tmp_path / "cut" / "log.jsonl").write_text("{half a li")                # the checkpoint holds the log as well
@@ -1156,12 +1163,12 @@ def test_lora_on_frozen_bf16_weights_computes_the_same_and_merges_in_fp32():
         assert torch.equal(log_policy(), before)
         (-log_policy().sum()).backward()
     gate = model.model["layers"][0].mlp.gate_proj
-    assert gate.base.weight.dtype == torch.bfloat16 and gate.B.dtype == torch.float32 and gate.B.grad.abs().max() > 0
+    assert model.lm_head.weight.dtype == gate.base.weight.dtype == torch.bfloat16 and gate.B.dtype == torch.float32 and gate.B.grad.abs().max() > 0
     torch.nn.init.normal_(gate.B, std=1e-4)                                                # too small for bf16's 8 bits
     wanted = gate.base.weight.float() + 2 * gate.B @ gate.A
     llm_rlvr.merge_lora(model)
     merged = model.model["layers"][0].mlp.gate_proj.weight
-    assert torch.equal(merged, wanted) and not torch.equal(merged, wanted.bfloat16().float())
+    assert all(p.dtype == torch.float32 for p in model.parameters()) and torch.equal(merged, wanted) and not torch.equal(merged, wanted.bfloat16().float())
 
 
 TEXTS = ["Natalia sold 48 clips in April, and 1,205 in May.", "x  =  12   +3\n\n\n  y\t7 8", "it's WE'LL they've 'tis",
@@ -1815,6 +1822,9 @@ def test_seqtask_last_line_names_what_varies(capsys):
     seqtask.main("--algo tpo,dg --length 2,3 --episodes 10 --batch 4 --seeds 1".split())
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert {part.rpartition(" ")[0] for part in last.split(": ")[1].split(", ")} == {"tpo H 2", "tpo H 3", "dg H 2", "dg H 3"}
+    seqtask.main("--algo tpo --length 2 --eta 0.5,2 --episodes 10 --batch 4 --seeds 1".split())
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "tpo eta 0.5 " in last and "tpo eta 2 " in last
 
 
 def test_seqtask_result_by_hand():

@@ -100,7 +100,7 @@ def smol(runs, path):
         draw(axis, curves, floor=0)
         axis.set_xlabel("update")
         title = {"rewards": "training reward", "lengths": "tokens per completion"}[key]
-        axis.set_title(f"SmolLM2-135M-Instruct on rg:gcd, {len(same)} seeds: {title}", fontsize=10)
+        axis.set_title(f"SmolLM2-135M-Instruct on rg:gcd: {title}", fontsize=10)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 
