@@ -337,7 +337,7 @@ def puzzles(task, rng, n, split):
             found.append((text, key))
             if len(found) == n:
                 return found
-    fail(f"--task: only {len(found)} of {1000 * n} drawn puzzles are in the split {split}, too few differ")
+    fail(f"--task: only {len(found)} of {1000 * n} drawn puzzles are in the split {split}; it needs more puzzles")
 
 
 @cache
