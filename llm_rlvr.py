@@ -860,6 +860,9 @@ class Batch(NamedTuple):
     of: torch.Tensor         # (b * K,) the prompt of each row
 
 
+ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
 class Trainer:
     """One run: model, optimizer, random states, log. Everything a checkpoint must hold is in `state`."""
 
@@ -880,12 +883,11 @@ class Trainer:
         self.model.to(self.device).recompute = c.recompute
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.token_logp = torch.compile(token_logp) if c.compile else token_logp
-        adamw = dict(lr=c.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         if RANKS == 1:
-            self.optimizer = torch.optim.AdamW(self.trained, **adamw)
+            self.optimizer = torch.optim.AdamW(self.trained, c.lr, **ADAMW)
         else:                                              # each rank keeps the moments of a part of the parameters
             from torch.distributed.optim import ZeroRedundancyOptimizer
-            self.optimizer = ZeroRedundancyOptimizer(self.trained, torch.optim.AdamW, **adamw)
+            self.optimizer = ZeroRedundancyOptimizer(self.trained, torch.optim.AdamW, lr=c.lr, **ADAMW)
         self.rng, self.generator = random.Random(c.seed), torch.Generator(self.device).manual_seed(c.seed)
         self.exam = exam(self.task, c.eval_set, c.eval_puzzles)
         self.step, self.seconds = 0, 0.0                                     # updates done, time spent on them
@@ -1025,8 +1027,7 @@ class Trainer:
             self.model.load_state_dict(saved["model"])
             self.seconds = saved["seconds"]
             return print(f"warm start ({self.seconds:.0f} s of training) read from {path}")
-        rng = random.Random(f"warm {c.seed}")
-        optimizer = torch.optim.AdamW(self.trained, 2e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        rng, optimizer = random.Random(f"warm {c.seed}"), torch.optim.AdamW(self.trained, 2e-3, **ADAMW)
         for step in range(c.warm_steps):
             if stop:
                 fail("stopped in the warm start: there is nothing to resume yet", 130)

@@ -73,7 +73,7 @@ def rl_step(tokens, K, T, scores, width=128):
     t, times = llm_rlvr.Trainer(llm_rlvr.parse(flags.split())), []
     t.model, t.end, t.encode = gpt(width), -1, list
     t.trained = list(t.model.parameters())
-    t.optimizer = torch.optim.AdamW(t.trained, 1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    t.optimizer = torch.optim.AdamW(t.trained, 1e-6, **llm_rlvr.ADAMW)
     with mock.patch.multiple(llm_rlvr, puzzles=lambda *_: [(row, "") for row in tokens.tolist()], score=lambda *_: scores):
         for _ in range(4):
             before = dict(t.tally)
