@@ -1,5 +1,4 @@
-"""Token reversal and its variants (arXiv 2604.06159): a small transformer learns from reward alone. Every sequence
-experiment of the paper runs from here.
+"""The sequence experiments of TPO (arXiv 2604.06159): a small transformer learns from reward alone to reverse tokens.
 
     python seqtask.py                                       terminal reward, H = 7, 3 seeds: 2.5 min on two cores
     python seqtask.py --preset table3 --length 8 --seeds 3  a preset is a set of flags; those you give replace its own
@@ -24,19 +23,23 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from baselines import dg_loss, group_pg_loss, grpo_loss, grpo_masked_loss, pg_loss, ppo_loss
+import baselines
 from tpo import standardize, tpo_target, tpo_weights
 
-SINGLE = ("pg", "ppo", "dg")                                             # one rollout per prompt
-GROUPED = ("tpo", "grpo", "grpo_no_kl", "grpo_masked", "group_pg", "tpo_no_anchor")      # K rollouts per prompt
+SINGLE = ("pg", "ppo", "dg", "kondo")                                    # one rollout per prompt
+PER_TOKEN = ("dr_grpo", "dapo", "gspo", "cispo")                         # K rollouts, a ratio per token
+GROUPED = ("tpo", "grpo", "grpo_no_kl", "grpo_masked", "group_pg", "tpo_no_anchor",
+           "rloo", "maxrl", "rebel", "oapl", *PER_TOKEN)                 # K rollouts per prompt
 TOKEN = ("tpo_token", "grpo_token")                                      # K next tokens at each prefix of one rollout
 LAYERS, WIDTH, HEADS = 2, 64, 2
+EVERY = 60                                                               # seconds between checkpoints
 
 
 def flag(default, help):
@@ -56,17 +59,18 @@ class Config:
     vocab: str = flag("2", "V, tokens to choose from *")
     candidates: str = flag("8", "K, candidates in a group *")
     batch: int = flag(100, "B, prompts per episode")
-    epochs: str = flag("4", "gradient epochs on each batch of rollouts, for all but dg *")
+    epochs: str = flag("4", "gradient epochs on each batch of rollouts, for all but dg; pg, kondo, rloo, maxrl are "
+                            "made for 1 *")
     dg_epochs: str = flag("1", "the same for dg *")
     eta: str = flag("1", "temperature of TPO's target and of DG's gate *")
     lr: float = flag(1e-3, "learning rate of Muon and of AdamW")
     episodes: int = flag(300, "batches of rollouts")
     seeds: int = flag(3, "seeds, trained side by side")
-    match: str = flag("prompts", "prompts: the same B for all; interactions: pg, ppo and dg get B * K prompts and "
-                                 "lr * sqrt(K) *")
+    match: str = flag("prompts", "prompts: the same B for all; interactions: single-rollout methods get B * K prompts "
+                                 "and lr * sqrt(K) *")
     diagnostics: bool = flag(False, "also record gradient norms, group shares and weights per episode")
     device: str = flag("cpu", "cpu or cuda")
-    out: str = flag("", "write a JSON-lines log; given again, what it already has is not run again")
+    out: str = flag("", "write a JSON-lines log, and each minute a checkpoint beside it; given again, goes on from it")
 
 
 SECTION4 = dict(length="8", candidates="32", batch=256, episodes=2000, seeds=20)
@@ -336,27 +340,27 @@ def optimizers(P, lr):
 
 # ---- the algorithm: sample, score, weigh, fit ------------------------------------------------------------------------
 
-LOSSES = {"pg": pg_loss, "ppo": ppo_loss, "dg": dg_loss, "grpo": grpo_loss, "grpo_token": grpo_loss,
-          "grpo_masked": grpo_masked_loss, "group_pg": group_pg_loss,
-          "grpo_no_kl": lambda *args: grpo_loss(*args, beta=0)}
+def loss_of(run):
+    """loss(logp, logp_old, scores) of one seed, for all but the TPO family."""
+    special = {"grpo_no_kl": partial(baselines.grpo_loss, beta=0), "grpo_token": baselines.grpo_loss,
+               "dg": partial(baselines.dg_loss, eta=run.eta),
+               "dr_grpo": partial(baselines.dr_grpo_loss, length=run.length)}
+    return special.get(run.algo) or getattr(baselines, run.algo + "_loss")
 
 
 def weights(run, logp, logp_old, scores):
     """dL/dlogp, like logp: (S, B, K, H) tokens of K sequences, or (S, B, H, K) next tokens. L is a sum over seeds.
 
     scores (S, B, K) of sequences, else like logp. TPO's closed form is exactly 0 where p = q; autograd's not."""
-    if run.algo in GROUPED:
-        l, l_old = logp.sum(-1), logp_old.sum(-1)                        # (S, B, K)
-    else:
-        l, l_old = logp, logp_old
+    whole = run.algo in GROUPED and run.algo not in PER_TOKEN            # takes log-probs of sequences
+    l, l_old = (logp.sum(-1), logp_old.sum(-1)) if whole else (logp, logp_old)            # (S, B, K) or like logp
     if run.algo.startswith("tpo"):
         anchor = torch.zeros_like(l) if run.algo == "tpo_no_anchor" else l_old
         w = tpo_weights(l, anchor, scores, run.eta) * len(l)             # its mean is over the seeds too
     else:
         l = l.detach().requires_grad_()
-        loss = (lambda *args: dg_loss(*args, eta=run.eta)) if run.algo == "dg" else LOSSES[run.algo]
-        w, = torch.autograd.grad(sum(map(loss, l, l_old, scores)), l)
-    return w[..., None].expand_as(logp) if run.algo in GROUPED else w
+        w, = torch.autograd.grad(sum(map(loss_of(run), l, l_old, scores)), l)
+    return w[..., None].expand_as(logp) if whole else w
 
 
 def can_pull(run, choice, scores):
@@ -365,7 +369,7 @@ def can_pull(run, choice, scores):
     if run.algo.startswith("tpo"):                                       # K equal candidates: p = q = 1 / K for ever
         choice = choice.view(S, B, run.K, -1).mT if run.algo in GROUPED else choice       # (S, B, H, K)
         groups = (choice != choice[..., :1]).flatten(2).any(-1)
-    elif run.algo in ("grpo_no_kl", "grpo_masked", "group_pg"):          # nothing but u moves them
+    elif run.algo in GROUPED and run.algo not in ("grpo", "rebel", "oapl"):               # nothing but u moves them
         groups = (standardize(scores) != 0).any(-1)
     elif run.algo in SINGLE:
         groups = ((scores - scores.mean((1, 2), keepdim=True)) != 0).flatten(2).any(-1)
@@ -436,16 +440,29 @@ def diagnostics(run, norm, logp_old, scores):
             "weight_failure": mean(~solved)}
 
 
-def train(run, device, share, diagnose=False):
-    """Errors (episodes, S) of all seeds, the diagnostics {name: (episodes, S)}, and seconds."""
+def train(run, device, share, diagnose=False, checkpoint=None):
+    """Errors (episodes, S) of all seeds, the diagnostics {name: (episodes, S)}, and seconds.
+
+    With a path as checkpoint, the state is written there each minute, and a run of the same kind goes on from there.
+    """
     rngs = [torch.Generator().manual_seed(seed) for seed in range(run.seeds)]             # one stream for each seed
     P = [parameters(rng, run.vocab, run.length) for rng in rngs]
     P = {name: torch.stack([p[name] for p in P]).to(device).requires_grad_() for name in P[0]}
-    optimizer = optimizers(P, run.lr * run.scale**0.5)
+    muon, adam = optimizer = optimizers(P, run.lr * run.scale**0.5)
     started = torch.zeros(run.seeds, dtype=torch.bool, device=device)
     B, n = run.batch * run.scale, 1 if run.algo in SINGLE else run.candidates
-    errors, notes, start, said = [], [], time.time(), time.time()
-    for i in range(run.episodes):
+    kind, errors, notes, start = {**run._asdict(), "diagnose": diagnose, "share": share}, [], [], time.time()
+    tensors = [*P.values(), *muon.momentum.values(), started]
+    if (saved := load(checkpoint)) and saved["kind"] == kind:
+        for x, was in zip(tensors, saved["tensors"]):
+            x.data.copy_(was)
+        for rng, state in zip(rngs, saved["rngs"]):
+            rng.set_state(state)
+        adam.load_state_dict(saved["adam"])
+        errors, notes, start = saved["errors"], saved["notes"], start - saved["seconds"]
+        print(f"  goes on after episode {len(errors):,d}, from {checkpoint}")
+    said = written = time.time()
+    for i in range(len(errors), run.episodes):
         prompts = torch.stack([torch.randint(run.vocab, (B, run.length), generator=rng) for rng in rngs]).to(device)
         uniform = torch.stack([torch.rand(B, n, run.length, generator=rng) for rng in rngs]).to(device)
         error, note = episode(run, P, optimizer, prompts, uniform, started, share, diagnose)
@@ -458,7 +475,12 @@ def train(run, device, share, diagnose=False):
             print(f"  {run.algo:13s} episode {i + 1:5,d}/{run.episodes:,d}   error {error.mean():7.2%}   "
                   f"{speed * run.seeds:5.1f} seed-episodes/s   {(run.episodes - i - 1) / speed:4.0f} s left",
                   flush=True)
-    stack = lambda rows: torch.stack(rows).cpu()
+        if checkpoint and time.time() - written > EVERY:
+            write(checkpoint, dict(kind=kind, errors=errors, notes=notes, seconds=time.time() - start,
+                                   tensors=[x.detach() for x in tensors], rngs=[rng.get_state() for rng in rngs],
+                                   adam=adam.state_dict()))
+            written = time.time()
+    stack = lambda rows: torch.stack([row.cpu() for row in rows])
     return stack(errors), {k: stack([note[k] for note in notes]) for k in notes[0]}, time.time() - start
 
 
@@ -541,14 +563,28 @@ def fail(message):
     raise SystemExit(2)
 
 
-def write(path, lines):
-    """Beside the file, then renamed: path is never half-written."""
+def write(path, value):
+    """The lines of a log, or a dict by torch.save: beside the file, then renamed: path is never half-written."""
     temporary = Path(f"{path}.part")
     try:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with temporary.open("wb") as f:
+            if isinstance(value, dict):
+                torch.save(value, f)
+            else:
+                f.writelines(json.dumps(line).encode() + b"\n" for line in value)
         os.replace(temporary, path)
-    except OSError as error:
-        fail(f"--out {path}: cannot be written ({error.strerror}); what stood there is intact")
+    except (OSError, RuntimeError) as error:                             # of torch.save, if the disk is full
+        fail(f"--out: cannot write {path} ({str(error).splitlines()[0]}); what stood there is intact")
+
+
+def load(checkpoint):
+    """What was written to checkpoint, a path or None; {} without a file."""
+    if not checkpoint or not checkpoint.exists():
+        return {}
+    try:
+        return torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:                                           # a damaged file raises one of many types
+        fail(f"--out: {checkpoint} cannot be read ({type(error).__name__}), it is damaged: delete it")
 
 
 def read(path):
@@ -644,6 +680,7 @@ def parse(argv):
 def main(argv=None):
     cfg, runs = parse(argv)
     command = "python seqtask.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    checkpoint = Path(f"{cfg.out}.checkpoint") if cfg.out else None
     done = read(cfg.out)
     log = done or [{"kind": "config", "command": command, **asdict(cfg)}]
     recorded = {tuple(r[k] for k in Run._fields) for r in done if r["kind"] == "result"}
@@ -659,12 +696,13 @@ def main(argv=None):
             print(f"  interaction-matched: {run.batch} * {run.scale} prompts, "
                   f"learning rate {run.lr:g} * sqrt({run.scale})")
         try:
-            curve, result = records(run, *train(run, cfg.device, cfg.device == "cpu", cfg.diagnostics))
+            curve, result = records(run, *train(run, cfg.device, cfg.device == "cpu", cfg.diagnostics, checkpoint))
         except KeyboardInterrupt:
             fail("interrupted" + (f"; the same command goes on from {cfg.out}" if cfg.out else ""))
         log = [*log, curve, result]
         if cfg.out:
             write(cfg.out, log)
+            checkpoint.unlink(missing_ok=True)
     wanted = set(runs)
     report([r for r in log if r["kind"] == "result" and tuple(r[k] for k in Run._fields) in wanted])
 

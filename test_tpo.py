@@ -1446,6 +1446,18 @@ def test_bandit_sample_draws_from_pi():
     assert bandit.sample(torch.full((1, 3), 1 / 3), torch.ones(1, 1)) == 2
 
 
+@pytest.mark.parametrize("name", ["rloo", "maxrl", "rebel", "dr_grpo", "dapo", "gspo", "cispo"])
+def test_bandit_single_step_of_the_later_losses_is_grpo(name):
+    """On policy and with steps of unit length: the reason why bandit.py leaves them out."""
+    logits, (a, r) = torch.randn(3, 10, **F64, requires_grad=True), torch.rand(2, 3, 100, **F64)
+    a, r = (a * 10).long(), (r < 0.3).double()
+    for s in range(3):
+        logp = logits.log_softmax(-1)[s].gather(-1, a[s])[None]                                     # (1, 100)
+        g, = torch.autograd.grad(-getattr(baselines, name + "_loss")(logp, logp.detach(), r[s:s + 1]), logits)
+        expected = bandit.single_gradient("grpo", logits.detach().softmax(-1), a, r, 1.0)[s]
+        torch.testing.assert_close(bandit.normalize(g[s]), bandit.normalize(expected), rtol=1e-6, atol=1e-9)
+
+
 def test_bandit_single_ranks_the_methods_as_the_paper_does():
     first = {}
     for algo in ("pg", "grpo", "dg", "tpo"):
@@ -1678,10 +1690,12 @@ def gradients_by_hand(run, P, prompts, uniform):
             args = logp.gather(-1, choice), logps[s].gather(-1, choice), scores
         else:
             l, l_old = (x.gather(-1, y[s][..., None])[..., 0].view(B, run.K, H) for x in (logp, logps[s]))
-            args = (l.sum(-1), l_old.sum(-1), r.mean(-1)) if run.algo in seqtask.GROUPED else (l, l_old, r)
+            args = ((l, l_old, r) if run.algo in seqtask.SINGLE else (l, l_old, r.mean(-1))
+                    if run.algo in ("dr_grpo", "dapo", "gspo", "cispo") else (l.sum(-1), l_old.sum(-1), r.mean(-1)))
         name = run.algo.replace("_token", "").replace("_no_kl", "")
         loss = tpo_loss if name == "tpo" else getattr(baselines, name + "_loss")
-        extra = {"beta": 0.0} if run.algo == "grpo_no_kl" else {"eta": run.eta} if name in ("tpo", "dg", "tpo_no_anchor") else {}
+        extra = ({"beta": 0.0} if run.algo == "grpo_no_kl" else {"eta": run.eta} if name in ("tpo", "dg", "tpo_no_anchor") else
+                 {"length": H} if name == "dr_grpo" else {})
         losses.append(loss(*args, **extra))
     return torch.autograd.grad(sum(losses), P.values(), allow_unused=True)
 
@@ -1747,6 +1761,34 @@ def test_seqtask_seeds_do_not_depend_on_their_neighbours(algo):
 def test_seqtask_training_repeats_and_first_seed_is_the_same_alone():
     errors = [seqtask.train(RUN._replace(seeds=s, episodes=3), "cpu", True)[0] for s in (1, 3)]
     assert torch.equal(errors[0][:, 0], errors[1][:, 0]) and not torch.equal(errors[1][:, 0], errors[1][:, 1])
+
+
+@pytest.mark.parametrize("algo, diagnose", [("tpo", True), ("dg", False)])
+def test_seqtask_interrupted_run_goes_on_to_the_same_bits(algo, diagnose, tmp_path, monkeypatch, capsys):
+    run, path = RUN._replace(algo=algo, seeds=2, episodes=6), tmp_path / "log.jsonl.checkpoint"
+    whole = seqtask.train(run, "cpu", True, diagnose)
+    episode, count = seqtask.episode, iter(range(100))
+
+    def dies(*args):
+        if next(count) == 4:
+            raise KeyboardInterrupt
+        return episode(*args)
+
+    monkeypatch.setattr(seqtask, "EVERY", 0)
+    monkeypatch.setattr(seqtask, "episode", dies)
+    with pytest.raises(KeyboardInterrupt):
+        seqtask.train(run, "cpu", True, diagnose, path)
+    monkeypatch.setattr(seqtask, "episode", episode)
+    before, other = path.read_bytes(), tmp_path / "other"
+    other.write_bytes(before)
+    seqtask.train(run._replace(eta=2.0), "cpu", True, diagnose, other)
+    assert "goes on" not in capsys.readouterr().out
+    errors, notes, _ = seqtask.train(run, "cpu", True, diagnose, path)
+    assert "goes on after episode 4" in capsys.readouterr().out and path.read_bytes() != before
+    assert torch.equal(errors, whole[0]) and errors.unique().numel() > 2
+    assert notes.keys() == whole[1].keys() and all(torch.equal(notes[k], whole[1][k]) for k in notes)
+    path.write_bytes(before[:1000])
+    one_line(lambda: seqtask.train(run, "cpu", True, diagnose, path), capsys, "log.jsonl.checkpoint damaged delete")
 
 
 def test_seqtask_muon_is_torch_muon_up_to_bf16_and_its_scale():
@@ -1841,8 +1883,8 @@ def test_seqtask_result_by_hand():
 
 
 def test_seqtask_interactions_scale_batch_and_learning_rate(capsys, monkeypatch):
-    seen = []
-    monkeypatch.setattr(seqtask, "optimizers", lambda P, lr: seen.append(lr) or ())
+    seen, optimizers = [], seqtask.optimizers
+    monkeypatch.setattr(seqtask, "optimizers", lambda P, lr: seen.append(lr) or optimizers(P, lr))
     monkeypatch.setattr(seqtask, "episode", lambda run, P, o, prompts, uniform, *rest: (
         seen.extend((tuple(prompts.shape), tuple(uniform.shape))) or torch.zeros(1), {}))
     seqtask.main("--algo dg,tpo --match interactions --seeds 1 --length 4 --candidates 16 --batch 10 --episodes 1".split())

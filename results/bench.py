@@ -64,12 +64,13 @@ def gpt(width=128):
     return llm_rlvr.GPT(llm_rlvr.ModelConfig(64, width, 4, 4, 2, width // 4, 3 * width))
 
 
-def rl_step(tokens, K, T, scores, width=128):
+def rl_step(tokens, K, T, scores, width=128, compiled=""):
     """Median seconds (sampling, training) of three updates of llm_rlvr.Trainer after an untimed one, one epoch each.
 
-    Prompts and scores are given, and no end token occurs: every completion has T tokens.
+    Prompts and scores are given, and no end token occurs: every completion has T tokens. compiled: "" or "--compile".
     """
-    flags = f"--epochs 1 --lr 1e-6 --device cpu --prompts {len(tokens)} --candidates {K} --max-new-tokens {T} --eval-puzzles 1"
+    flags = (f"--epochs 1 --lr 1e-6 --device cpu --prompts {len(tokens)} --candidates {K} --max-new-tokens {T} --eval-puzzles 1 "
+             + compiled)
     t, times = llm_rlvr.Trainer(llm_rlvr.parse(flags.split())), []
     t.model, t.end, t.encode = gpt(width), -1, list
     t.trained = list(t.model.parameters())
@@ -79,6 +80,8 @@ def rl_step(tokens, K, T, scores, width=128):
             before = dict(t.tally)
             t.update()
             times.append([t.tally[phase] - before[phase] for phase in ("sample_seconds", "train_seconds")])
+    if compiled:
+        print(f"--compile: {sum(times[0]):.0f} s for the first update")
     return [median(phase) for phase in zip(*times[1:])]
 
 
@@ -131,15 +134,17 @@ def rl(B=16, P=33):
     few = torch.zeros(B, 16)
     few[:2, :13] = 1                                                     # the same success rate, on two prompts of 16
     print(f"RL step, {size:,} parameters, {B} prompts of {P} tokens x 16, fp32: seconds, sampling + training = all")
-    print(f"{'':48}{'ours':>22}{'TRL GRPOTrainer':>22}{'ratio':>8}")
+    print(f"{'':58}{'ours':>22}{'TRL GRPOTrainer':>22}{'ratio':>8}")
     for T in (16, 64):
         try:
             peer = trl_step(gpt(), tokens, 16, T)
         except ImportError:
             peer = print("for TRL beside it: pip install trl==1.16")
-        for name, scores in (("scores differ", uniform), ("10% success", (uniform < 0.1).float()), ("10% success", few)):
-            mine, groups = rl_step(tokens, 16, T, scores), int((standardize(scores) != 0).any(-1).sum())
-            print(f"{f'{T} new tokens, {name} in {groups} of {B} groups':48}" + "".join(
+        some = (uniform < 0.1).float()
+        for name, scores, compiled in (("scores differ", uniform, ""), ("scores differ", uniform, "--compile"),
+                                       ("10% success", some, ""), ("10% success", some, "--compile"), ("10% success", few, "")):
+            mine, groups = rl_step(tokens, 16, T, scores, compiled=compiled), int((standardize(scores) != 0).any(-1).sum())
+            print(f"{f'{T} new tokens, {name} in {groups} of {B} groups {compiled}':58}" + "".join(
                 f"{f'{s[0]:.2f} + {s[1]:.2f} = {sum(s):.2f}':>22}" for s in (mine, peer) if s)
                 + (f"{sum(peer) / sum(mine):8.1f}" if peer else ""), flush=True)
     for name, values in (("K", (4, 8, 16, 32)), ("T", (8, 16, 32, 64)), ("width", (64, 128, 256))):
