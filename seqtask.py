@@ -679,6 +679,7 @@ def parse(argv):
 
 def main(argv=None):
     cfg, runs = parse(argv)
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")        # else sums in MKL depend on addresses: resumes would differ
     command = "python seqtask.py " + " ".join(sys.argv[1:] if argv is None else argv)
     checkpoint = Path(f"{cfg.out}.checkpoint") if cfg.out else None
     done = read(cfg.out)
