@@ -870,6 +870,7 @@ class Trainer:
         self.c, self.task, self.device = c, find_task(c), pick_device(c.device)
         self.loss, self.grouped, self.at_rest = algorithms(c)[c.algo.split(":")[0]]
         torch.manual_seed(c.seed)
+        torch.backends.cuda.enable_cudnn_sdp(False)     # it plans anew for each shape, and here every batch has its own
         if c.init_from:
             self.enc, self.end, self.encode = read_tokenizer(Path(c.init_from))
             self.model = read_model(Path(c.init_from))
@@ -1049,6 +1050,8 @@ class Trainer:
     def state(self):
         if RANKS > 1:
             self.optimizer.consolidate_state_dict()                                # to the first process, which writes
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()                                           # its copies are asynchronous
         optimizer = {} if RANK else self.optimizer.state_dict()
         return dict(config=asdict(self.c), device=self.device.type, step=self.step, seconds=self.seconds,
                     records=self.records, recent=self.recent, tally=self.tally, rng=self.rng.getstate(),

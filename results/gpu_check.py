@@ -1,8 +1,8 @@
 """Everything that only a GPU can show, in one command: python results/gpu_check.py
 
-The CUDA tests; first-epoch log-probs in bf16 against fp32; the default job with and without --compile; one update at the size of
-Qwen3-1.7B, fully and by LoRA: memory, throughput, share of the memory bandwidth and of the matmul rate; twenty seeds of seqtask.py at
-once. Prints one JSON line per check with the device's name. Not yet run on a GPU: no number in this repository comes from it.
+The CUDA tests; attention with and without cuDNN; first-epoch log-probs in bf16 against fp32; the default job with and without
+--compile; one update at the size of Qwen3-1.7B, fully and by LoRA: memory, throughput, share of the memory bandwidth and of the matmul
+rate; twenty seeds of seqtask.py at once. Prints one JSON line per check with the device's name. Not yet run on a GPU: no number in this repository comes from it.
 """
 import json
 import subprocess
@@ -28,7 +28,17 @@ if not torch.cuda.is_available():
     sys.exit("results/gpu_check.py: needs a CUDA device")
 
 tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "cuda", str(ROOT / "test_tpo.py")], capture_output=True, text=True)
-show("tests", passed=tests.returncode == 0, last_line=tests.stdout.strip().splitlines()[-1])
+show("tests", passed=tests.returncode == 0, last_line=(tests.stdout or tests.stderr).strip().splitlines()[-1])
+
+for cudnn in (False, True):                                                 # llm_rlvr.py leaves it out, for the time of new shapes
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    begun = time.perf_counter()
+    for R in range(64, 84):
+        q, k, v = (torch.randn(R, 40, heads, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (16, 8, 8))
+        mask = torch.ones(R, 1, 40, 40, dtype=torch.bool, device="cuda").tril()
+        llm_rlvr.attention(q, k, v, mask).sum().backward()
+    torch.cuda.synchronize()
+    show("attention of 20 new shapes", cudnn=cudnn, seconds=time.perf_counter() - begun)
 
 t = llm_rlvr.Trainer(llm_rlvr.parse(["--device", "cuda"]))
 tokens, valid = llm_rlvr.encode_prompts(t.encode, t.exam[:32], t.device)
