@@ -68,7 +68,7 @@ class Config:
     candidates: int = flag(16, "completions per prompt, K")
     epochs: int = flag(2, "gradient steps per rollout batch; dg, pg, group_pg and kondo are made for 1")
     lr: float = flag(2e-3, "AdamW learning rate: rises over 30 updates, and falls linearly to 0")
-    eta: float = flag(1.0, "temperature of the target (tpo, tpo_no_anchor) or of the gate (dg)")
+    eta: float = flag(1.0, "temperature of the target (tpo, tpo_no_anchor) or of the gate (dg), or rebel's eta")
     anchor: float = flag(0.25, "alpha in q ~ p_old^alpha exp(u / eta): 1 is the paper, 0 the uniform anchor")
     length_normalize: bool = flag(False, "per-token means of log-probs instead of sums in grouped losses, as the "
                                          "author's trainer port does: another fixed point")
@@ -839,7 +839,7 @@ def algorithms(c):
             "grpo_masked": (baselines.grpo_masked_loss, True, False),
             "rloo": (baselines.rloo_loss, True, True),
             "maxrl": (baselines.maxrl_loss, True, True),
-            "rebel": (baselines.rebel_loss, True, True),
+            "rebel": (partial(baselines.rebel_loss, eta=c.eta), True, True),
             "oapl": (baselines.oapl_loss, True, True),
             "pg": (baselines.pg_loss, False, False),
             "ppo": (baselines.ppo_loss, False, False),

@@ -9,8 +9,8 @@ The last line to expect from the first command; rounding alone moves single seed
 Prompt: H tokens uniform over V. The policy writes H tokens; the goal is the prompt (copy), V - 1 - x (flip), or either
 one reversed. Reward per token: bag 1 if right; sequential 1 if it and all before it are right; terminal 1 on every
 token if all H are right, else 0. Error of an episode = 1 - mean reward of its rollouts, before its updates.
-S seeds train side by side: every parameter has a leading axis S. B prompts, K candidates, H length, V vocabulary,
-L tokens of a sequence as input (2H - 1, as the last one is never read), N = B * K sequences.
+S seeds train side by side: every parameter has a leading axis S (on a CPU S = 1, see train). B prompts, K candidates,
+H length, V vocabulary, L tokens of a sequence as input (2H - 1, as the last one is never read), N = B * K sequences.
 
 A training pass computes each distinct prefix once (see Tree) and skips what has exactly no gradient (see episode).
 """
@@ -34,9 +34,10 @@ import baselines
 from tpo import standardize, tpo_target, tpo_weights
 
 SINGLE = ("pg", "ppo", "dg", "kondo")                                    # one rollout per prompt
-PER_TOKEN = ("dr_grpo", "dapo", "gspo", "cispo")                         # K rollouts, a ratio per token
+PER_TOKEN = ("dr_grpo", "dapo", "gspo", "cispo")                         # K rollouts, log-probs per token
+OWN_WEIGHTS = ("rloo", "maxrl", "rebel", "oapl", "dr_grpo")              # neither q nor u
 GROUPED = ("tpo", "grpo", "grpo_no_kl", "grpo_masked", "group_pg", "tpo_no_anchor",
-           "rloo", "maxrl", "rebel", "oapl", *PER_TOKEN)                 # K rollouts per prompt
+           *dict.fromkeys(OWN_WEIGHTS + PER_TOKEN))                      # K rollouts per prompt
 TOKEN = ("tpo_token", "grpo_token")                                      # K next tokens at each prefix of one rollout
 LAYERS, WIDTH, HEADS = 2, 64, 2
 EVERY = 60                                                               # seconds between checkpoints
@@ -59,13 +60,13 @@ class Config:
     vocab: str = flag("2", "V, tokens to choose from *")
     candidates: str = flag("8", "K, candidates in a group *")
     batch: int = flag(100, "B, prompts per episode")
-    epochs: str = flag("4", "gradient epochs on each batch of rollouts, for all but dg; pg, kondo, rloo, maxrl are "
-                            "made for 1 *")
+    epochs: str = flag("4", "gradient epochs on each batch of rollouts, for all but dg; pg, kondo, group_pg, rloo and "
+                            "maxrl are made for 1 *")
     dg_epochs: str = flag("1", "the same for dg *")
-    eta: str = flag("1", "temperature of TPO's target and of DG's gate *")
+    eta: str = flag("1", "temperature of TPO's target and of DG's gate, and REBEL's eta *")
     lr: float = flag(1e-3, "learning rate of Muon and of AdamW")
     episodes: int = flag(300, "batches of rollouts")
-    seeds: int = flag(3, "seeds, trained side by side")
+    seeds: int = flag(3, "seeds, 0 and up")
     match: str = flag("prompts", "prompts: the same B for all; interactions: single-rollout methods get B * K prompts "
                                  "and lr * sqrt(K) *")
     diagnostics: bool = flag(False, "also record gradient norms, group shares and weights per episode")
@@ -344,6 +345,7 @@ def loss_of(run):
     """loss(logp, logp_old, scores) of one seed, for all but the TPO family."""
     special = {"grpo_no_kl": partial(baselines.grpo_loss, beta=0), "grpo_token": baselines.grpo_loss,
                "dg": partial(baselines.dg_loss, eta=run.eta),
+               "rebel": partial(baselines.rebel_loss, eta=run.eta),
                "dr_grpo": partial(baselines.dr_grpo_loss, length=run.length)}
     return special.get(run.algo) or getattr(baselines, run.algo + "_loss")
 
@@ -369,7 +371,7 @@ def can_pull(run, choice, scores):
     if run.algo.startswith("tpo"):                                       # K equal candidates: p = q = 1 / K for ever
         choice = choice.view(S, B, run.K, -1).mT if run.algo in GROUPED else choice       # (S, B, H, K)
         groups = (choice != choice[..., :1]).flatten(2).any(-1)
-    elif run.algo in GROUPED and run.algo not in ("grpo", "rebel", "oapl"):               # nothing but u moves them
+    elif run.algo in GROUPED and run.algo not in ("grpo", "rebel", "oapl"):               # at rest if scores equal
         groups = (standardize(scores) != 0).any(-1)
     elif run.algo in SINGLE:
         groups = ((scores - scores.mean((1, 2), keepdim=True)) != 0).flatten(2).any(-1)
@@ -440,45 +442,67 @@ def diagnostics(run, norm, logp_old, scores):
             "weight_failure": mean(~solved)}
 
 
+class Seeds:
+    """Seeds that train side by side: their parameters, optimizers and random streams, one for each seed."""
+
+    def __init__(self, run, seeds, device):
+        self.rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
+        P = [parameters(rng, run.vocab, run.length) for rng in self.rngs]
+        self.P = {name: torch.stack([p[name] for p in P]).to(device).requires_grad_() for name in P[0]}
+        self.optimizer = optimizers(self.P, run.lr * run.scale**0.5)
+        self.started = torch.zeros(len(seeds), dtype=torch.bool, device=device)
+
+    def episode(self, run, share, diagnose):
+        B, n, device = run.batch * run.scale, 1 if run.algo in SINGLE else run.candidates, self.started.device
+        prompts = torch.stack([torch.randint(run.vocab, (B, run.length), generator=rng) for rng in self.rngs])
+        uniform = torch.stack([torch.rand(B, n, run.length, generator=rng) for rng in self.rngs])
+        return episode(run, self.P, self.optimizer, prompts.to(device), uniform.to(device), self.started, share,
+                       diagnose)
+
+    def state(self):
+        muon, adam = self.optimizer
+        return {"tensors": [x.detach() for x in (*self.P.values(), *muon.momentum.values(), self.started)],
+                "adam": adam.state_dict(), "rngs": [rng.get_state() for rng in self.rngs]}
+
+    def restore(self, saved):
+        for x, was in zip(self.state()["tensors"], saved["tensors"]):
+            x.copy_(was)
+        self.optimizer[1].load_state_dict(saved["adam"])
+        for rng, was in zip(self.rngs, saved["rngs"]):
+            rng.set_state(was)
+
+
 def train(run, device, share, diagnose=False, checkpoint=None):
     """Errors (episodes, S) of all seeds, the diagnostics {name: (episodes, S)}, and seconds.
 
+    With share (for CPUs) each seed runs by itself: in a batch all would be as large as the largest tree, and less of it
+    would fit the caches. For tpo at H = 10 that costs 0.32 s an episode instead of 0.53, and less once it has learned.
     With a path as checkpoint, the state is written there each minute, and a run of the same kind goes on from there.
     """
-    rngs = [torch.Generator().manual_seed(seed) for seed in range(run.seeds)]             # one stream for each seed
-    P = [parameters(rng, run.vocab, run.length) for rng in rngs]
-    P = {name: torch.stack([p[name] for p in P]).to(device).requires_grad_() for name in P[0]}
-    muon, adam = optimizer = optimizers(P, run.lr * run.scale**0.5)
-    started = torch.zeros(run.seeds, dtype=torch.bool, device=device)
-    B, n = run.batch * run.scale, 1 if run.algo in SINGLE else run.candidates
+    parts = [Seeds(run, [s], device) for s in range(run.seeds)] if share else [Seeds(run, range(run.seeds), device)]
     kind, errors, notes, start = {**run._asdict(), "diagnose": diagnose, "share": share}, [], [], time.time()
-    tensors = [*P.values(), *muon.momentum.values(), started]
     if (saved := load(checkpoint)) and saved["kind"] == kind:
-        for x, was in zip(tensors, saved["tensors"]):
-            x.data.copy_(was)
-        for rng, state in zip(rngs, saved["rngs"]):
-            rng.set_state(state)
-        adam.load_state_dict(saved["adam"])
+        for part, was in zip(parts, saved["parts"]):
+            part.restore(was)
         errors, notes, start = saved["errors"], saved["notes"], start - saved["seconds"]
         print(f"  goes on after episode {len(errors):,d}, from {checkpoint}")
+    elif saved:
+        print(f"  {checkpoint} is of another run, and replaced in a minute")
     said = written = time.time()
     for i in range(len(errors), run.episodes):
-        prompts = torch.stack([torch.randint(run.vocab, (B, run.length), generator=rng) for rng in rngs]).to(device)
-        uniform = torch.stack([torch.rand(B, n, run.length, generator=rng) for rng in rngs]).to(device)
-        error, note = episode(run, P, optimizer, prompts, uniform, started, share, diagnose)
-        errors.append(error)
-        notes.append(note)
+        error, note = zip(*(part.episode(run, share, diagnose) for part in parts))
+        errors.append(torch.cat(error))
+        notes.append({k: torch.cat([each[k] for each in note]) for k in note[0]})
         if time.time() - said > 10 or i == run.episodes - 1:
-            if not all(p.isfinite().all() for p in P.values()):       # token 0 for ever would look like an error rate
+            if not all(p.isfinite().all() for part in parts for p in part.P.values()):     # no error rate tells
                 fail(f"{run.algo}: weights that are not finite by episode {i + 1}; try a lower --lr (now {run.lr:g})")
             said, speed = time.time(), (i + 1) / (time.time() - start)
-            print(f"  {run.algo:13s} episode {i + 1:5,d}/{run.episodes:,d}   error {error.mean():7.2%}   "
+            print(f"  {run.algo:13s} episode {i + 1:5,d}/{run.episodes:,d}   error {errors[-1].mean():7.2%}   "
                   f"{speed * run.seeds:5.1f} seed-episodes/s   {(run.episodes - i - 1) / speed:4.0f} s left",
                   flush=True)
         if checkpoint and time.time() - written > EVERY:
             write(checkpoint, dict(kind=kind, errors=errors, notes=notes, seconds=time.time() - start,
-                                   tensors=[x.detach() for x in tensors], rngs=[rng.get_state() for rng in rngs],
-                                   adam=adam.state_dict()))
+                                   parts=[part.state() for part in parts]))
             written = time.time()
     stack = lambda rows: torch.stack([row.cpu() for row in rows])
     return stack(errors), {k: stack([note[k] for note in notes]) for k in notes[0]}, time.time() - start
@@ -572,8 +596,11 @@ def write(path, value):
                 torch.save(value, f)
             else:
                 f.writelines(json.dumps(line).encode() + b"\n" for line in value)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                             # of torch.save, if the disk is full
+        temporary.unlink(missing_ok=True)
         fail(f"--out: cannot write {path} ({str(error).splitlines()[0]}); what stood there is intact")
 
 
@@ -668,6 +695,8 @@ def parse(argv):
     for target, reward, H, V, K, B, epochs, dg_epochs, *rest, algo in itertools.product(*grid):
         if algo in TOKEN and reward == "terminal":
             fail(f"--algo {algo} with --reward terminal: a token has no reward of its own; allowed are bag, sequential")
+        if algo == "maxrl" and reward != "terminal":
+            fail(f"--algo maxrl with --reward {reward}: its scores are 0 or 1; allowed is terminal")
         if algo not in SINGLE and K == 1:
             fail(f"--candidates 1 with --algo {algo}: a group needs at least 2; allowed with 1 are {', '.join(SINGLE)}")
         if V**H >= 2**62:
@@ -685,8 +714,9 @@ def main(argv=None):
     done = read(cfg.out)
     log = done or [{"kind": "config", "command": command, **asdict(cfg)}]
     recorded = {tuple(r[k] for k in Run._fields) for r in done if r["kind"] == "result"}
-    if cfg.diagnostics and any(run.algo not in GROUPED for run in runs):
-        fail(f"--diagnostics with --algo {cfg.algo}: allowed are {', '.join(GROUPED)}")
+    weighted = [algo for algo in GROUPED if algo not in OWN_WEIGHTS]
+    if cfg.diagnostics and any(run.algo not in weighted for run in runs):
+        fail(f"--diagnostics with --algo {cfg.algo}: allowed are {', '.join(weighted)}")
     for i, run in enumerate(runs):
         print(f"{i + 1}/{len(runs)} {run.algo}: {run.target}, {run.reward}, H {run.length}, V {run.vocab}, "
               f"K {run.candidates}, B {run.batch}, epochs {run.epochs}, eta {run.eta:g}, seeds {run.seeds}", flush=True)
@@ -699,7 +729,7 @@ def main(argv=None):
         try:
             curve, result = records(run, *train(run, cfg.device, cfg.device == "cpu", cfg.diagnostics, checkpoint))
         except KeyboardInterrupt:
-            fail("interrupted" + (f"; the same command goes on from {cfg.out}" if cfg.out else ""))
+            fail("interrupted" + ("; the same command goes on from the last checkpoint" if cfg.out else ""))
         log = [*log, curve, result]
         if cfg.out:
             write(cfg.out, log)

@@ -1694,7 +1694,7 @@ def gradients_by_hand(run, P, prompts, uniform):
                     if run.algo in ("dr_grpo", "dapo", "gspo", "cispo") else (l.sum(-1), l_old.sum(-1), r.mean(-1)))
         name = run.algo.replace("_token", "").replace("_no_kl", "")
         loss = tpo_loss if name == "tpo" else getattr(baselines, name + "_loss")
-        extra = ({"beta": 0.0} if run.algo == "grpo_no_kl" else {"eta": run.eta} if name in ("tpo", "dg", "tpo_no_anchor") else
+        extra = ({"beta": 0.0} if run.algo == "grpo_no_kl" else {"eta": run.eta} if name in ("tpo", "dg", "tpo_no_anchor", "rebel") else
                  {"length": H} if name == "dr_grpo" else {})
         losses.append(loss(*args, **extra))
     return torch.autograd.grad(sum(losses), P.values(), allow_unused=True)
@@ -1763,32 +1763,33 @@ def test_seqtask_training_repeats_and_first_seed_is_the_same_alone():
     assert torch.equal(errors[0][:, 0], errors[1][:, 0]) and not torch.equal(errors[1][:, 0], errors[1][:, 1])
 
 
-@pytest.mark.parametrize("algo, diagnose", [("tpo", True), ("dg", False)])
-def test_seqtask_interrupted_run_goes_on_to_the_same_bits(algo, diagnose, tmp_path, monkeypatch, capsys):
-    run, path = RUN._replace(algo=algo, seeds=2, episodes=6), tmp_path / "log.jsonl.checkpoint"
-    whole = seqtask.train(run, "cpu", True, diagnose)
-    episode, count = seqtask.episode, iter(range(100))
+def test_seqtask_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys):
+    """Stopped in the second of two algorithms. A checkpoint of other settings is not gone on from, a damaged one is told."""
+    episode, log, flags = seqtask.episode, tmp_path / "log.jsonl", "--algo grpo,tpo --length 4 --batch 10 --seeds 2 --episodes 6 --diagnostics --out"
+    checkpoint, curves = tmp_path / "log.jsonl.checkpoint", lambda path: [
+        {k: v for k, v in json.loads(line).items() if k not in ("command", "out", "ms_per_episode_seed")} for line in path.read_text().splitlines()]
+    seqtask.main([*flags.split(), str(tmp_path / "whole.jsonl")])
+    count = iter(range(100))
 
     def dies(*args):
-        if next(count) == 4:
+        if next(count) == 2 * 6 + 2 * 4:                                   # two seeds: before the fifth episode of tpo
             raise KeyboardInterrupt
         return episode(*args)
 
     monkeypatch.setattr(seqtask, "EVERY", 0)
     monkeypatch.setattr(seqtask, "episode", dies)
-    with pytest.raises(KeyboardInterrupt):
-        seqtask.train(run, "cpu", True, diagnose, path)
+    one_line(lambda: seqtask.main([*flags.split(), str(log)]), capsys, "interrupted checkpoint")
     monkeypatch.setattr(seqtask, "episode", episode)
-    before, other = path.read_bytes(), tmp_path / "other"
-    other.write_bytes(before)
-    seqtask.train(run._replace(eta=2.0), "cpu", True, diagnose, other)
-    assert "goes on" not in capsys.readouterr().out
-    errors, notes, _ = seqtask.train(run, "cpu", True, diagnose, path)
-    assert "goes on after episode 4" in capsys.readouterr().out and path.read_bytes() != before
-    assert torch.equal(errors, whole[0]) and errors.unique().numel() > 2
-    assert notes.keys() == whole[1].keys() and all(torch.equal(notes[k], whole[1][k]) for k in notes)
-    path.write_bytes(before[:1000])
-    one_line(lambda: seqtask.train(run, "cpu", True, diagnose, path), capsys, "log.jsonl.checkpoint damaged delete")
+    saved, run = checkpoint.read_bytes(), seqtask.parse(flags.split()[:-1])[1][1]
+    for other, diagnose in ((run._replace(eta=2.0), True), (run, False)):
+        (tmp_path / "other").write_bytes(saved)
+        seqtask.train(other, "cpu", True, diagnose, tmp_path / "other")
+        assert "goes on" not in (out := capsys.readouterr().out) and "of another run" in out
+    seqtask.main([*flags.split(), str(log)])
+    assert "goes on after episode 4" in capsys.readouterr().out and not checkpoint.exists()
+    assert curves(log) == curves(tmp_path / "whole.jsonl") and len({*curves(log)[3]["error"]}) > 2
+    (tmp_path / "other").write_bytes(saved[:1000])
+    one_line(lambda: seqtask.train(run, "cpu", True, True, tmp_path / "other"), capsys, "other damaged delete")
 
 
 def test_seqtask_muon_is_torch_muon_up_to_bf16_and_its_scale():
@@ -1935,7 +1936,8 @@ def test_seqtask_presets(preset, count):
     ("--reward dense", "--reward dense: allowed are bag, sequential, terminal"), ("--length 1", "--length 1"),
     ("--vocab x", "--vocab x"), ("--eta 0", "--eta 0"), ("--lr nan", "--lr nan"), ("--preset table9", "table1, table2"),
     ("--epoch 3", "--epoch is not a flag"), ("--length 40 --vocab 4", "2 ** 62"), ("--device tpu", "--device tpu"),
-    ("--diagnostics --algo dg", "--diagnostics"), ("--out /nowhere/a.jsonl", "--out /nowhere/a.jsonl"), ("--seeds 1.5", "--seeds")])
+    ("--diagnostics --algo dg", "--diagnostics"), ("--diagnostics --algo rloo", "--diagnostics"),
+    ("--algo maxrl --reward bag", "--algo maxrl with --reward bag"), ("--out /nowhere/a.jsonl", "--out /nowhere/a.jsonl"), ("--seeds 1.5", "--seeds")])
 def test_seqtask_bad_flags_are_one_line(command, words, capsys):
     with pytest.raises(SystemExit) as error:
         seqtask.main(command.split())
@@ -1977,7 +1979,7 @@ def test_seqtask_refuses_the_log_of_another_script(tmp_path, capsys):
 def test_seqtask_weights_that_are_not_finite_stop_the_run(monkeypatch, capsys):
     def poisoned(run, P, *rest):
         P["head"].data.fill_(math.nan)
-        return torch.ones(run.seeds), {}
+        return torch.ones(1), {}
 
     monkeypatch.setattr(seqtask, "episode", poisoned)
     one_line(lambda: seqtask.train(RUN._replace(episodes=2), "cpu", True), capsys, "not finite episode 2 --lr")

@@ -81,7 +81,7 @@ def rl_step(tokens, K, T, scores, width=128, compiled=""):
             t.update()
             times.append([t.tally[phase] - before[phase] for phase in ("sample_seconds", "train_seconds")])
     if compiled:
-        print(f"--compile: {sum(times[0]):.0f} s for the first update")
+        print(f"--compile: {sum(times[0]):.0f} s for the first update (less where something like it was compiled before)")
     return [median(phase) for phase in zip(*times[1:])]
 
 
