@@ -18,7 +18,9 @@ NAMES = {"tpo": ("TPO", "#d62728"), "grpo": ("GRPO", "#ff7f0e"), "pg": ("PG", "#
          "tpo:anchor=0": ("TPO α=0", "#17becf"), "tpo:anchor=0.05": ("TPO α=.05", "#9467bd"),
          "tpo:anchor=1:length_normalize": ("TPO, token means", "#7f7f7f"), "grpo_no_kl": ("GRPO, no KL", "#bcbd22"),
          "grpo_masked": ("GRPO, masked", "#17becf"), "tpo_no_anchor": ("TPO, no anchor", "#e377c2"),
-         "tpo_token": ("TPO", "#d62728"), "grpo_token": ("GRPO", "#ff7f0e")}
+         "tpo_token": ("TPO", "#d62728"), "grpo_token": ("GRPO", "#ff7f0e"), "rloo": ("RLOO", "#1f77b4"),
+         "maxrl": ("MaxRL", "#d62728"), "rebel": ("REBEL", "#2ca02c"), "oapl": ("OAPL", "#9467bd"), "dr_grpo": ("Dr. GRPO", "#ff7f0e"),
+         "dapo": ("DAPO", "#8c564b"), "gspo": ("GSPO", "#e377c2"), "cispo": ("CISPO", "#bcbd22"), "kondo": ("Kondo", "#17becf")}
 TITLES = {"single": "1 context, 100 arms", "multi": "100 contexts, 10 arms", "mnist": "MNIST"}
 
 
@@ -163,6 +165,5 @@ if __name__ == "__main__":
     for log in map(Path, sys.argv[1:] or [*sorted(here.glob("bandit_*.jsonl")), *sorted(here.glob("seq_*.jsonl")),
                                           *(here / f"{name}.jsonl" for name in ("llm_compare", "llm_default", "long_learn", "long_smol"))]):
         records = [json.loads(line) for line in log.read_text().splitlines()]
-        figure = next((f for key, f in dict(preset=seq, init_from=llm, setting=compare).items() if key in records[0]), bandit)
-        figure = smol if log.name == "long_smol.jsonl" else figure
+        figure = next((f for key, f in dict(preset=seq, init_from=llm, rewards=smol, setting=compare).items() if key in records[0]), bandit)
         figure(records, log.with_suffix(".png"))
