@@ -9,7 +9,7 @@ The last line to expect from the first command:
 single  one context, 100 arms, reward 1 for arm 0; a step on 100 sampled actions.        error = 1 - pi(y)      Fig. 2
 multi   100 contexts x 10 arms, exact population gradients, one global step.             error = 1 - pi(y)      Fig. 3
 mnist   one sampled label per image, reward 1 if it is right; MLP 784-50-50-10, Adam.    error = test error     Fig. 4
-The later losses of baselines.py run from seqtask.py and llm_rlvr.py. In single, on policy and with steps of unit length,
+The later losses of baselines.py run from seqtask.py and llm_rlvr.py. In single, on policy, with steps of unit length,
 all but oapl and kondo take GRPO's step; in multi they take PG's, CE's or GRPO's; an image of mnist has no group.
 misalignment = 1 - cos(g, the oracle's g) for the update g in logit space; the oracle is CE, in single pi(y) times CE.
 All seeds run in one batch of tensors; S = seeds, B = batch of actions, each seed with a random stream of its own.
