@@ -83,7 +83,7 @@ class Config:
     heads: int = flag(4, "query heads")
     kv_heads: int = flag(2, "key/value heads, a divisor of heads")
     lora_rank: int = flag(0, "train low-rank branches of this rank instead of the weights, which on CUDA are kept in "
-                           "bf16; 0 is full training")
+                             "bf16; 0 is full training")
     micro_tokens: int = flag(8192, "tokens in one backward pass: lower it when memory runs out; the gradient "
                                    "stays the same")
     recompute: bool = flag(False, "keep no activations for the backward pass but those between blocks: slower, "

@@ -35,9 +35,9 @@ from tpo import standardize, tpo_target, tpo_weights
 
 SINGLE = ("pg", "ppo", "dg", "kondo")                                    # one rollout per prompt
 PER_TOKEN = ("dr_grpo", "dapo", "gspo", "cispo")                         # K rollouts, log-probs per token
-OWN_WEIGHTS = ("rloo", "maxrl", "rebel", "oapl", "dr_grpo")              # neither q nor u
 GROUPED = ("tpo", "grpo", "grpo_no_kl", "grpo_masked", "group_pg", "tpo_no_anchor",
-           *dict.fromkeys(OWN_WEIGHTS + PER_TOKEN))                      # K rollouts per prompt
+           "rloo", "maxrl", "rebel", "oapl", *PER_TOKEN)                 # K rollouts per prompt
+OWN_WEIGHTS = ("rloo", "maxrl", "rebel", "oapl", "dr_grpo")              # of those, neither q nor u
 TOKEN = ("tpo_token", "grpo_token")                                      # K next tokens at each prefix of one rollout
 LAYERS, WIDTH, HEADS = 2, 64, 2
 EVERY = 60                                                               # seconds between checkpoints

@@ -31,16 +31,21 @@ if not torch.cuda.is_available():
 tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "cuda", str(ROOT / "test_tpo.py")], capture_output=True, text=True)
 show("tests", passed=tests.returncode == 0, last_line=(tests.stdout or tests.stderr).strip().splitlines()[-1])
 
-for cudnn in (False, True):                                                 # llm_rlvr.py leaves it out, for the time of new shapes
-    torch.backends.cuda.enable_cudnn_sdp(cudnn)
-    for R in (32, *range(64, 84)):                                          # the first one loads what is needed, untimed
-        if R == 64:
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
+
+def attend(batches):
+    """Forward and backward of attention for each number of rows."""
+    for R in batches:
         q, k, v = (torch.randn(R, 40, heads, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (16, 8, 8))
         mask = torch.ones(R, 1, 40, 40, dtype=torch.bool, device="cuda").tril()
         llm_rlvr.attention(q, k, v, mask).sum().backward()
     torch.cuda.synchronize()
+
+
+for cudnn in (False, True):                                                 # llm_rlvr.py leaves it out, for the time of new shapes
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    attend([32])                                                            # loads what is needed
+    begun = time.perf_counter()
+    attend(range(64, 84))
     show("attention of 20 new shapes", cudnn=cudnn, seconds=time.perf_counter() - begun)
 
 t = llm_rlvr.Trainer(llm_rlvr.parse(["--device", "cuda"]))
