@@ -1,18 +1,21 @@
-"""The paper's bandits (arXiv 2604.06159, Figs. 2 to 4): where the gradient of TPO points, and what that buys.
+"""The bandits of the TPO paper (2604.06159, Figs. 2 to 4): where gradients point, and what for.
 
-    python bandit.py                                        single and multi, 100 seeds: 10 s on one CPU core
-    python bandit.py --task mnist --mechanism               MNIST, 20 seeds, six methods: 15 min on one core
-    python bandit.py --task mnist --algo tpo --seeds 2      a first look: 30 s, ends near 2.9% test error
+    python bandit.py                                    single and multi, 100 seeds: 10 s, one core
+    python bandit.py --task mnist --algo tpo --seeds 2  a first look: 30 s, ends near 2.9% error
+    python bandit.py --task mnist --mechanism           MNIST, 20 seeds, six methods: 15 min
 The last line to expect from the first command:
-    multi: mean error below 1%: ce at step 680, tpo at step 698, grpo at step 756, dg at step 867, pg at step 968
+    multi: mean error below 1%: ce at step 680, tpo at step 698, grpo at step 756, dg at step 867,
+    pg at step 968
 
-single  one context, 100 arms, reward 1 for arm 0; a step on 100 sampled actions.        error = 1 - pi(y)      Fig. 2
-multi   100 contexts x 10 arms, exact population gradients, one global step.             error = 1 - pi(y)      Fig. 3
-mnist   one sampled label per image, reward 1 if it is right; MLP 784-50-50-10, Adam.    error = test error     Fig. 4
-The later losses of baselines.py run from seqtask.py and llm_rlvr.py. In single, on policy, with steps of unit length,
-all but oapl and kondo take GRPO's step; in multi they take PG's, CE's or GRPO's; an image of mnist has no group.
-misalignment = 1 - cos(g, the oracle's g) for the update g in logit space; the oracle is CE, in single pi(y) times CE.
-All seeds run in one batch of tensors; S = seeds, B = batch of actions, each seed with a random stream of its own.
+single  Fig. 2: one context, 100 arms, reward 1 for arm 0; a step on 100 sampled actions
+multi   Fig. 3: 100 contexts x 10 arms, exact population gradients, one global step
+mnist   Fig. 4: one sampled label per image, reward 1 if right; MLP 784-50-50-10, Adam
+error = 1 - pi(y), mnist: test error. misalignment = 1 - cos(g, the oracle's g) for the update g in
+logit space; the oracle is CE, in single pi(y) times CE. All S seeds run in one batch of tensors,
+each with a random stream of its own; B = batch of actions.
+The later losses of baselines.py run from seqtask.py and llm_rlvr.py: in single, on policy, with
+steps of unit length, all but oapl and kondo take GRPO's step; in multi they take PG's, CE's or
+GRPO's; an image of mnist has no group.
 """
 import argparse
 import gzip
@@ -36,43 +39,46 @@ import torch.nn.functional as F
 from baselines import grpo_loss
 from tpo import standardize, tpo_loss, tpo_target
 
-# The methods of each task, with final error, first step below 1% error (mnist: 5%) and misalignment at step 112 at the
-# default settings: by the paper's own code over 100 seeds (single, multi), as printed in the paper over 20 (mnist).
+# The methods of each task, with final error, first step below 1% error (mnist: 5%) and misalignment
+# at step 112 at the default settings: by the paper's own code over 100 seeds (single, multi), as
+# printed in the paper over 20 (mnist).
 REFERENCE = {
     "single": {"pg": (1.0e-3, 125, 0.034), "grpo": (2.7e-3, 104, 0.67), "dg": (5.3e-5, 97, 1.8e-4),
-               "tpo": (5.1e-5, 97, 2.3e-7)},                         # 2.3e-7 is as small as fp32 can show; ours is fp64
+               "tpo": (5.1e-5, 97, 2.3e-7)},     # 2.3e-7 is as small as fp32 can show; ours is fp64
     "multi": {"ce": (3.4e-4, 679, None), "pg": (6.1e-3, 956, None), "grpo": (5.3e-4, 752, None),
               "dg": (2.1e-3, 860, None), "tpo": (4.0e-4, 696, None)},
     "mnist": {"ce": (None, None, None), "pg": (0.053, None, None), "grpo": (0.059, None, None),
-              "group_pg": (0.072, None, None), "dg": (None, 2200, None), "tpo": (0.029, 1600, None)}}
-EVERY = {"single": 1, "multi": 5, "mnist": 200}                      # steps between two evaluation records
-BINS = (0, 0.25, 0.5, 0.75, 1)                                       # of the wrong mass's concentration, Fig. 4(b)
+              "group_pg": (0.072, None, None), "dg": (None, 2200, None),
+              "tpo": (0.029, 1600, None)}}
+EVERY = {"single": 1, "multi": 5, "mnist": 200}  # steps between two evaluation records
+BINS = (0, 0.25, 0.5, 0.75, 1)                   # of the wrong mass's concentration, Fig. 4(b)
 MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
 
 def flag(default, help):
-    """A field that becomes a command-line flag; a dict holds one default per task and its flag sets them all."""
+    """A field that becomes a flag; of a dict, one default per task, the flag sets all."""
     return field(default_factory=lambda: default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Config:
     task: str = flag("single,multi", "single, multi, mnist, a comma list of them, or all")
-    algo: str = flag("all", "comma list of ce, pg, grpo, group_pg, dg, tpo, or all; a task runs those it knows")
-    seeds: dict = flag({"single": 100, "multi": 100, "mnist": 20}, "number of seeds, run side by side")
+    algo: str = flag("all", "comma list of ce, pg, grpo, group_pg, dg, tpo; a task runs its own")
+    seeds: dict = flag({"single": 100, "multi": 100, "mnist": 20}, "seeds, run side by side")
     steps: dict = flag({"single": 150, "multi": 1000, "mnist": 10000}, "gradient steps")
     eta: float = flag(1.0, "temperature of TPO's target and of DG's gate, above 0")
-    data: str = flag("data/mnist", "folder with the four MNIST .gz files; missing ones are downloaded into it")
-    mechanism: bool = flag(False, "mnist: also measure Fig. 4(b) at step 2000 (or the last step, if that is earlier)")
+    data: str = flag("data/mnist", "folder of MNIST's four .gz files, downloaded if missing")
+    mechanism: bool = flag(False, "mnist: also measure Fig. 4(b), at step 2000 or the last before")
     out: str = flag("", "write a JSON-lines log to this file")
     plot: str = flag("", "draw the curves into this .png file (needs matplotlib)")
 
 
-# ---- single: sampled gradients in logit space (Fig. 2) ---------------------------------------------------------------
+# ---- single: sampled gradients in logit space (Fig. 2) -------------------------------------------
 
 def sample(pi, uniform):
     """Actions by inverse CDF of pi (..., K) from uniform numbers (..., n)."""
-    return torch.searchsorted(pi.cumsum(-1), uniform).clamp(max=pi.shape[-1] - 1)    # rounding: the cdf may end below 1
+    actions = torch.searchsorted(pi.cumsum(-1), uniform)
+    return actions.clamp(max=pi.shape[-1] - 1)                  # rounding: the cdf may end below 1
 
 
 def single_gradient(algo, pi, a, r, eta):
@@ -82,113 +88,120 @@ def single_gradient(algo, pi, a, r, eta):
         A = (r - r.mean(-1, keepdim=True)) / (r.var(-1, keepdim=True, correction=0) + 1e-8).sqrt()
     if algo == "dg":
         A = A * torch.sigmoid(A * -pi.log().gather(-1, a) / eta)
-    scores = torch.zeros_like(pi).scatter_add(-1, a, A) / a.shape[-1]   # (S, K) mean over the batch of A * onehot(a)
+    scores = torch.zeros_like(pi).scatter_add(-1, a, A) / a.shape[-1]    # (S, K) mean A * onehot(a)
     if algo == "tpo":
-        return tpo_target(pi.log(), scores, eta) - pi                   # Eq. 3: -dL/dl = q - p
-    return scores - scores.sum(-1, keepdim=True) * pi                   # mean over the batch of A * (e_a - pi)
+        return tpo_target(pi.log(), scores, eta) - pi                    # Eq. 3: -dL/dl = q - p
+    return scores - scores.sum(-1, keepdim=True) * pi                    # mean of A * (e_a - pi)
 
 
 def single(algo, seeds, steps, eta):
-    uniform = torch.stack([torch.rand(steps, 100, generator=rng, dtype=torch.float64) for rng in streams(seeds)], 1)
-    logits = torch.zeros(seeds, 100, dtype=torch.float64)               # fp64: TPO's misalignment is at fp32's rounding
-    e_y = F.one_hot(torch.tensor(0), 100)
+    uniform = torch.stack([torch.rand(steps, 100, generator=rng, dtype=torch.float64)
+                           for rng in streams(seeds)], 1)                # (steps, S, 100)
+    logits = torch.zeros(seeds, 100, dtype=torch.float64)                # TPO's misalignment is at
+    e_y = F.one_hot(torch.tensor(0), 100)                                # fp32's rounding
     for step in range(steps):
-        pi = logits.softmax(-1)                                         # (S, 100)
-        a = sample(pi, uniform[step])                                   # (S, 100)
+        pi = logits.softmax(-1)                                          # (S, 100)
+        a = sample(pi, uniform[step])                                    # (S, 100)
         g = single_gradient(algo, pi, a, (a == 0).double(), eta)
-        yield step, {"error": 1 - pi[:, 0], "misalignment": misalignment(g, pi[:, :1] * (e_y - pi))}
+        oracle = pi[:, :1] * (e_y - pi)
+        yield step, {"error": 1 - pi[:, 0], "misalignment": misalignment(g, oracle)}
         logits += 0.1 * normalize(g)
 
 
-# ---- multi: exact gradients (Fig. 3) ---------------------------------------------------------------------------------
+# ---- multi: exact gradients (Fig. 3) -------------------------------------------------------------
 
 def beta(algo, p, eta):
     """The update is beta (e_y - pi) at correct-arm probability p, one of 10 arms."""
     return {"ce": lambda: torch.ones_like(p),
             "pg": lambda: p,
             "dg": lambda: p * torch.sigmoid(-p.log() / eta),
-            "grpo": lambda: (p / (1 - p)).sqrt(),                       # p / sigma, the reward's sigma at this context
+            "grpo": lambda: (p / (1 - p)).sqrt(),                # p / sigma of the reward
             "tpo": lambda: beta_plus(p, eta)}[algo]()
 
 
 def beta_plus(p, eta):
-    """TPO on e_y over 10 arms: u is 3 for y and -1/3 elsewhere, so q - pi (Eq. 2) is this times (e_y - pi)."""
+    """TPO on e_y over 10 arms: u is 3 for y, else -1/3, so q - pi (Eq. 2) is this (e_y - pi)."""
     lam = math.exp(10 / 3 / eta)
     return p * (lam - 1) / (1 - p + lam * p)
 
 
 def multi(algo, seeds, steps, eta):
-    logits = torch.stack([torch.randn(10, 100, generator=rng, dtype=torch.float64) for rng in streams(seeds)])
-    e_y = F.one_hot(torch.tensor(0), 10)[:, None]
-    pi = logits.softmax(1)                                              # (S, 10, 100): contexts last is 7 times faster
+    logits = torch.stack([torch.randn(10, 100, generator=rng, dtype=torch.float64)
+                          for rng in streams(seeds)])            # (S, 10, 100): contexts last is
+    e_y = F.one_hot(torch.tensor(0), 10)[:, None]                # 7 times faster
+    pi = logits.softmax(1)
     for step in range(steps):
         v = e_y - pi
         g = beta(algo, pi[:, :1], eta) * v
-        logits += 0.1 * normalize(g.flatten(1)).view_as(g)              # one step for all contexts together
+        logits += 0.1 * normalize(g.flatten(1)).view_as(g)       # one step for all contexts
         pi = logits.softmax(1)
-        yield step, {"error": 1 - pi[:, 0].mean(-1), "misalignment": misalignment(g.flatten(1), v.flatten(1))}
+        yield step, {"error": 1 - pi[:, 0].mean(-1),
+                     "misalignment": misalignment(g.flatten(1), v.flatten(1))}
 
 
-# ---- mnist: one sampled label per image (Fig. 4) ---------------------------------------------------------------------
+# ---- mnist: one sampled label per image (Fig. 4) -------------------------------------------------
 
 def mnist_loss(algo, logp, a, y, eta):
-    """Per-seed losses, mean over the batch, summed over the S seeds. logp (S, B, 10); a, y (S, B)."""
+    """Mean over the batch, summed over the S seeds. logp (S, B, 10); a, y (S, B)."""
     S, B, _ = logp.shape
     logp_a, r = logp.gather(-1, a[..., None])[..., 0], (a == y).float()          # (S, B)
-    A = r - logp.detach().exp().square().sum(-1)                                 # (S, B) baseline: E[r] if y ~ pi
+    A = r - logp.detach().exp().square().sum(-1)                 # (S, B) baseline: E[r] if y ~ pi
     scores = A[..., None] * F.one_hot(a, 10)                                     # (S, B, 10)
-    if algo == "tpo":
-        return S * tpo_loss(logp, logp.detach(), scores, eta)                    # a group: the ten labels of an image
-    if algo == "grpo":
-        return S / B * grpo_loss(logp_a, logp_a.detach(), r)                     # a group: the batch of a seed
+    if algo == "tpo":                                            # a group: ten labels of an image
+        return S * tpo_loss(logp, logp.detach(), scores, eta)
+    if algo == "grpo":                                           # a group: the batch of a seed
+        return S / B * grpo_loss(logp_a, logp_a.detach(), r)
     if algo == "ce":
         return S * F.nll_loss(logp.flatten(0, 1), y.flatten())
-    weight = {"pg": lambda: A,
-              "dg": lambda: A * torch.sigmoid(A * -logp_a.detach() / eta),
-              "group_pg": lambda: standardize(scores).gather(-1, a[..., None])[..., 0]}[algo]()
-    return S * -(weight * logp_a).mean()
+    if algo == "dg":
+        A = A * torch.sigmoid(A * -logp_a.detach() / eta)
+    if algo == "group_pg":
+        A = standardize(scores).gather(-1, a[..., None])[..., 0]
+    return S * -(A * logp_a).mean()
 
 
 def mnist_update(algo, pi, y, eta):
-    """Expected logit update (S, N, 10) over the sampled action, App. C: sum_a pi_a W_a (e_a - pi), r = 1 for a = y."""
-    e_y = F.one_hot(y, 10)                                                       # (N, 10) or (S, N, 10)
-    A = e_y - pi.square().sum(-1, keepdim=True)                                  # (S, N, 10) of each possible action
+    """Logit update (S, N, 10) expected over the action, App. C: sum_a pi_a W_a (e_a - pi)."""
+    e_y = F.one_hot(y, 10)                                                # (N, 10) or (S, N, 10)
+    A = e_y - pi.square().sum(-1, keepdim=True)                           # (S, N, 10)
     lam = math.exp(10 / 3 / eta)
     if algo == "ce":
         return e_y - pi
     if algo == "grpo":
-        r = (pi * e_y).sum(-1).mean(-1)[:, None, None]                           # (S, 1, 1) mean reward of all N
+        r = (pi * e_y).sum(-1).mean(-1)[:, None, None]                    # (S, 1, 1)
     W = {"pg": lambda: A,
-         "group_pg": lambda: 3 * A.sign(),                                       # u_a = 3 if A > 0, else -3
+         "group_pg": lambda: 3 * A.sign(),                                # u = 3 or -3
          "grpo": lambda: (e_y - r) / (r * (1 - r)).sqrt(),
          "dg": lambda: A * torch.sigmoid(A * -pi.log() / eta),
-         "tpo": lambda: torch.where(e_y == 1, beta_plus(pi, eta),               # q - pi = W (e_a - pi) for each action
+         "tpo": lambda: torch.where(e_y == 1, beta_plus(pi, eta),         # q - pi = W (e_a - pi)
                                     -pi * (lam - 1) / (lam * (1 - pi) + pi))}[algo]()
     return pi * W - pi * (pi * W).sum(-1, keepdim=True)
 
 
 def surplus(algo, pi, y, eta):
-    """(S, 4): first-order gain in p_y of the expected update minus its one-vs-rest surrogate's, Fig. 4(b).
-
-    The surrogate spreads the wrong mass evenly, so that every update is beta (e_y - pi). Mean over misclassified ones.
-    """
+    """(S, 4): first-order gain in p_y of the expected update minus its surrogate's, Fig. 4(b), mean
+    over the misclassified, NaN where a bin has none. The surrogate (one-vs-rest) spreads the wrong
+    mass evenly, so that every update is beta (e_y - pi)."""
     e_y = F.one_hot(y, 10)
-    p = (pi * e_y).sum(-1, keepdim=True)                                         # (S, N, 1)
+    p = (pi * e_y).sum(-1)                                                # (S, N)
     v = e_y - pi
-    even = torch.where(e_y == 1, p, (1 - p) / 9)
-    b = (mnist_update(algo, even, y, eta) * e_y).sum(-1) / (1 - p[..., 0])       # (S, N) the surrogate's beta
-    gain = p[..., 0] * ((v * mnist_update(algo, pi, y, eta)).sum(-1) - b * v.square().sum(-1))
-    c = (pi * (1 - e_y)).amax(-1) / (1 - p[..., 0])                              # (S, N) concentration, 1/9 to 1
+    even = torch.where(e_y == 1, p[..., None], (1 - p[..., None]) / 9)
+    b = (mnist_update(algo, even, y, eta) * e_y).sum(-1) / (1 - p)        # the surrogate's beta
+    gain = p * ((v * mnist_update(algo, pi, y, eta)).sum(-1) - b * v.square().sum(-1))
+    c = (pi * (1 - e_y)).amax(-1) / (1 - p)                               # concentration, 1/9 to 1
     wrong = pi.argmax(-1) != y
-    rows = [wrong & (low <= c) & (c < high) for low, high in zip(BINS, (*BINS[1:-1], 2))]     # c = 1 is in the last bin
-    return torch.stack([gain.where(row, 0).sum(-1) / row.sum(-1) for row in rows], -1)        # NaN: no such example
+    means = []
+    for low, high in zip(BINS, (*BINS[1:-1], 2)):                         # c = 1 is in the last bin
+        row = wrong & (low <= c) & (c < high)
+        means.append(gain.where(row, 0).sum(-1) / row.sum(-1))
+    return torch.stack(means, -1)
 
 
 def network(rng, n_in):
-    """784-50-50-10: LeCun-normal weights truncated at 2 sigma, the default of JAX's flax, and zero biases."""
+    """Zero biases, LeCun-normal weights truncated at 2 sigma, flax's default; .88 is its sigma."""
     for n, m in ((n_in, 50), (50, 50), (50, 10)):
         weight = torch.nn.init.trunc_normal_(torch.empty(n, m), std=1, a=-2, b=2, generator=rng)
-        yield weight / 0.87962566 / n**0.5                                       # .88 is the truncated normal's sigma
+        yield weight / 0.87962566 / n**0.5
         yield torch.zeros(1, m)
 
 
@@ -201,39 +214,47 @@ def forward(params, x):
 
 
 def mnist(algo, seeds, steps, eta, data, mechanism_at):
-    images, labels, test_images, test_labels = data
+    images, labels, *test = data
     rngs = streams(seeds)
-    params = [torch.stack(w).requires_grad_() for w in zip(*(network(rng, images.shape[1]) for rng in rngs))]
-    adam = torch.optim.Adam(params, lr=1e-3, fused=True)                         # elementwise, so exact for each seed
+    networks = [network(rng, images.shape[1]) for rng in rngs]
+    params = [torch.stack(each).requires_grad_() for each in zip(*networks)]
+    adam = torch.optim.Adam(params, lr=1e-3, fused=True)         # elementwise: exact for each seed
     start = time.time()
     for done in range(0, steps, EVERY["mnist"]):
         n = min(EVERY["mnist"], steps - done)
-        index = torch.stack([torch.randint(len(labels), (n, 100), generator=rng) for rng in rngs], 1)      # (n, S, B)
-        uniform = torch.stack([torch.rand(n, 100, 1, generator=rng) for rng in rngs], 1)             # (n, S, B, 1)
-        for i, z in zip(index, uniform):
-            x, y = F.embedding(i, images), labels[i]                             # (S, B, 784), (S, B)
-            logp = forward(params, x).log_softmax(-1)                            # (S, B, 10)
-            a = sample(logp.detach().exp(), z)[..., 0]                           # (S, B)
+        index = torch.stack([torch.randint(len(labels), (n, 100), generator=rng)
+                             for rng in rngs], 1)
+        uniform = torch.stack([torch.rand(n, 100, 1, generator=rng) for rng in rngs], 1)
+        for i, z in zip(index, uniform):                                  # (S, B), (S, B, 1)
+            x, y = F.embedding(i, images), labels[i]                      # (S, B, 784), (S, B)
+            logp = forward(params, x).log_softmax(-1)                     # (S, B, 10)
+            a = sample(logp.detach().exp(), z)[..., 0]                    # (S, B)
             loss = mnist_loss(algo, logp, a, y, eta)
             adam.zero_grad()
             loss.backward()
             adam.step()
         step = done + n
-        with torch.no_grad():
-            blocks = [forward(params, x.expand(seeds, -1, -1)) for x in test_images.split(1000)]
-        pi = torch.cat(blocks, 1).double().softmax(-1)                           # (S, N, 10)
-        g, oracle = (mnist_update(name, pi, test_labels, eta).flatten(1) for name in (algo, "ce"))
-        metrics = {"error": (pi.argmax(-1) != test_labels).double().mean(-1), "misalignment": misalignment(g, oracle)}
-        if step == mechanism_at:
-            metrics["surplus"] = surplus(algo, pi, test_labels, eta)
+        metrics = evaluate(algo, params, *test, eta, step == mechanism_at)
         speed = step / (time.time() - start)
-        print(f"mnist {algo:8s} step {step:6,d}/{steps:,d}   test error {metrics['error'].mean():6.2%}   "
-              f"{speed * seeds:,.0f} seed-steps/s   {(steps - step) / speed:4.0f} s left for {algo}", flush=True)
+        print(f"mnist {algo:8s} step {step:6,d}/{steps:,d}   "
+              f"test error {metrics['error'].mean():6.2%}   {speed * seeds:,.0f} seed-steps/s   "
+              f"{(steps - step) / speed:4.0f} s left for {algo}", flush=True)
         yield step, metrics
 
 
+@torch.no_grad()
+def evaluate(algo, params, images, labels, eta, mechanism):
+    S = len(params[0])
+    logits = [forward(params, x.expand(S, -1, -1)) for x in images.split(1000)]
+    pi = torch.cat(logits, 1).double().softmax(-1)                        # (S, N, 10)
+    g, oracle = (mnist_update(name, pi, labels, eta).flatten(1) for name in (algo, "ce"))
+    metrics = {"error": (pi.argmax(-1) != labels).double().mean(-1),
+               "misalignment": misalignment(g, oracle)}
+    return metrics | ({"surplus": surplus(algo, pi, labels, eta)} if mechanism else {})
+
+
 def read_idx(folder, name, *shape):
-    """The uint8 array of this shape from an IDX file: 0, 0, 8 (uint8), ndim as bytes, big-endian sizes, the data."""
+    """uint8 of this shape from an IDX file: bytes 0, 0, 8 (uint8), ndim; big-endian sizes; data."""
     path = Path(folder) / name
     advice = f"get it by: curl --create-dirs -o {path} {MIRROR}{name}"
     if not path.exists():
@@ -243,7 +264,8 @@ def read_idx(folder, name, *shape):
             with urllib.request.urlopen(MIRROR + name, timeout=30) as response:
                 write(path, response.read())
         except (OSError, http.client.HTTPException) as error:
-            fail(f"--data {folder}: {path} is missing and its download failed ({error}); {advice}")
+            problem = f"{path} is missing and its download failed ({error})"
+            fail(f"--data {folder}: {problem}; {advice}")
     header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
     try:
         raw = gzip.decompress(path.read_bytes())
@@ -261,18 +283,20 @@ def load_mnist(folder):
         yield read_idx(folder, f"{part}-labels-idx1-ubyte.gz", n).long()
 
 
-# ---- shared by the three ---------------------------------------------------------------------------------------------
+# ---- shared by the three -------------------------------------------------------------------------
 
 def streams(seeds):
     return [torch.Generator().manual_seed(seed) for seed in range(seeds)]
 
 
 def normalize(g):
-    return g / g.norm(dim=-1, keepdim=True).clamp(min=1e-12)             # GRPO's g is 0 once all 100 actions are right
+    norm = g.norm(dim=-1, keepdim=True)
+    return g / norm.clamp(min=1e-12)                 # GRPO's g is 0 once all 100 actions are right
 
 
 def misalignment(g, oracle):
-    return (1 - (g * oracle).sum(-1) / (g.norm(dim=-1) * oracle.norm(dim=-1)).clamp(min=1e-30)).clamp(min=0)
+    norms = g.norm(dim=-1) * oracle.norm(dim=-1)
+    return (1 - (g * oracle).sum(-1) / norms.clamp(min=1e-30)).clamp(min=0)
 
 
 def mean_se(x):
@@ -285,55 +309,71 @@ def run(task, algo, cfg, data):
     """All seeds of one method: its records, the result last."""
     start, seeds, steps = time.time(), cfg.seeds[task], cfg.steps[task]
     if task == "mnist":
-        curve = mnist(algo, seeds, steps, cfg.eta, data, min(2000, steps) if cfg.mechanism else None)
+        mechanism_at = min(2000, steps) if cfg.mechanism else None
+        curve = mnist(algo, seeds, steps, cfg.eta, data, mechanism_at)
     else:
         curve = {"single": single, "multi": multi}[task](algo, seeds, steps, cfg.eta)
     records, first, named = [], {}, {"task": task, "algo": algo}
     for step, metrics in curve:
-        (error, error_se), (angle, angle_se) = mean_se(metrics["error"]), mean_se(metrics["misalignment"])
+        error, error_se = mean_se(metrics["error"])
+        angle, angle_se = mean_se(metrics["misalignment"])
         for bar in (0.01, 0.05):
             if error < bar:
                 first.setdefault(bar, step)
         if task == "mnist" or step % EVERY[task] == 0 or step == steps - 1:
-            records.append({"kind": "eval", **named, "step": step, "error": error, "error_se": error_se,
-                            "misalignment": angle, "misalignment_se": angle_se})
+            means = {"error": error, "error_se": error_se,
+                     "misalignment": angle, "misalignment_se": angle_se}
+            records.append({"kind": "eval", **named, "step": step, **means})
         if "surplus" in metrics:
-            means, ses = zip(*(mean_se(x[~x.isnan()]) for x in metrics["surplus"].T))
-            records.append({"kind": "mechanism", **named, "step": step, "surplus": means, "surplus_se": ses})
-    result = {"kind": "result", **named, "seeds": seeds, "final_error": error, "final_error_se": error_se,
-              "steps_to_1pct": first.get(0.01), "final_misalignment": angle, "seconds": round(time.time() - start, 2)}
-    return [*records, result | ({"steps_to_5pct": first.get(0.05)} if task == "mnist" else {})]
+            gains, ses = zip(*(mean_se(x[~x.isnan()]) for x in metrics["surplus"].T))
+            gains = {"surplus": gains, "surplus_se": ses}
+            records.append({"kind": "mechanism", **named, "step": step, **gains})
+    result = {"kind": "result", **named, "seeds": seeds, "final_error": error,
+              "final_error_se": error_se, "steps_to_1pct": first.get(0.01),
+              "final_misalignment": angle, "seconds": round(time.time() - start, 2)}
+    if task == "mnist":
+        result["steps_to_5pct"] = first.get(0.05)
+    return [*records, result]
 
 
 def report(task, records, cfg):
     """The task's table beside the reference, and what it says in a sentence."""
-    kind = lambda name: [r for r in records if r["kind"] == name]
-    goal, key = ("5%", "steps_to_5pct") if task == "mnist" else ("1%", "steps_to_1pct")
-    at = min(112, cfg.steps[task] - 1) if task == "single" else kind("eval")[-1]["step"]
-    angle = {r["algo"]: r["misalignment"] for r in kind("eval") if r["step"] == at}
-    text = lambda x: "-" if x is None else f"{x:.2g}" if isinstance(x, float) else str(x)
-    pair = lambda x, se: text(x) if se is None else f"{x:.2g} ± {se:.2g}"
+    of_kind = lambda kind: [r for r in records if r["kind"] == kind]
+    evals, mechanism, results = map(of_kind, ("eval", "mechanism", "result"))
+    goal = "5%" if task == "mnist" else "1%"
+    at = min(112, cfg.steps[task] - 1) if task == "single" else evals[-1]["step"]
     print(f"\n{task}: seeds {cfg.seeds[task]}, steps {cfg.steps[task]}, eta {cfg.eta:g} "
           f"(reference: {Config().seeds[task]}, {Config().steps[task]}, 1)")
-    table = [("", "final error ± s.e.", "reference", f"below {goal} at", "reference", f"1 - cos at {at}", "reference")]
-    for r in kind("result"):
-        error, step, misaligned = map(text, REFERENCE[task][r["algo"]])
-        table.append((r["algo"], pair(r["final_error"], r["final_error_se"]), error, text(r[key]), step,
-                      text(angle[r["algo"]]), misaligned, f"{r['seconds']:.1f} s"))
-    if kind("mechanism"):
-        table.append(("surplus", *(f"c in {low} to {high}" for low, high in zip(BINS, BINS[1:])), "reference"))
-    for r in kind("mechanism"):                                          # ce, pg, grpo, group_pg: 0 up to rounding
-        table.append((r["algo"], *map(pair, r["surplus"], r["surplus_se"]), "0.073" if r["algo"] == "tpo" else "-"))
-    widths = (9, 21, 21, 21, 21, 21, 11, 9)
-    for row in table:
-        print("".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, "<>>>>>>>", widths)))
-    reached = sorted((r[key], r["algo"]) for r in kind("result") if r[key] is not None)
-    reached = [f"{algo} at step {step}" for step, algo in reached]
-    reached += [f"{r['algo']} never" for r in kind("result") if r[key] is None]
-    print(f"{task}: mean error below {goal}: {', '.join(reached)}")
+    below, angle = f"below {goal} at", f"1 - cos at {at}"
+    print(f"{'':9}{'final error ± s.e.':>20}{'reference':>11}{below:>14}{'reference':>11}"
+          f"{angle:>18}{'reference':>11}")
+    angles = {r["algo"]: r["misalignment"] for r in evals if r["step"] == at}
+    when = []
+    for r in results:
+        algo, step = r["algo"], r[f"steps_to_{goal[0]}pct"]
+        reached = "never" if step is None else f"at step {step}"
+        when.append((step is None, step, f"{algo} {reached}"))
+        final = cell(r["final_error"], r["final_error_se"])
+        error, first, misaligned = map(cell, REFERENCE[task][algo])
+        print(f"{algo:9}{final:>20}{error:>11}{cell(step):>14}{first:>11}"
+              f"{cell(angles[algo]):>18}{misaligned:>11}{r['seconds']:9.1f} s")
+    if mechanism:                                    # ce, pg, grpo, group_pg: 0 up to rounding
+        bins = [f"c in {low} to {high}" for low, high in zip(BINS, BINS[1:])]
+        print(f"{'surplus':9}" + "".join(f"{text:>20}" for text in bins) + "  (last, tpo: 0.073)")
+    for r in mechanism:
+        cells = map(cell, r["surplus"], r["surplus_se"])
+        print(f"{r['algo']:9}" + "".join(f"{text:>20}" for text in cells))
+    when = [text for *_, text in sorted(when, key=lambda x: x[:2])]
+    print(f"{task}: mean error below {goal}: {', '.join(when)}")
 
 
-# ---- files, flags and errors -----------------------------------------------------------------------------------------
+def cell(x, se=None):
+    if x is None or isinstance(x, int):
+        return "-" if x is None else str(x)
+    return f"{x:.2g}" if se is None else f"{x:.2g} ± {se:.2g}"
+
+
+# ---- files, flags and errors ---------------------------------------------------------------------
 
 def fail(message):
     print(f"bandit.py: {message}", file=sys.stderr)
@@ -355,6 +395,13 @@ def writable(path):
         return False
 
 
+def save(path, records):
+    try:
+        write(path, "".join(json.dumps(r) + "\n" for r in records).encode())
+    except OSError as error:
+        fail(f"--out {path}: cannot be written ({error.strerror}); what stood there is intact")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(message)
@@ -362,15 +409,17 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv):
     """Config, and the (task, algorithm) pairs to run."""
-    default, parser = Config(), Parser(prog="bandit.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="bandit.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     for f in fields(Config):
         kind = int if f.type is dict else f.type
-        options = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__}
-        value = getattr(default, f.name)
-        parser.add_argument("--" + f.name, default=value, help=f"{f.metadata['help']} [{value or 'off'}]", **options)
+        options = {"action": "store_true"} if kind is bool else {"type": kind}
+        value = getattr(Config(), f.name)
+        parser.add_argument("--" + f.name, default=value, **options,
+                            help=f"{f.metadata['help']} [{value or 'off'}]")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        fail(f"{unknown[0]} is not a flag; the flags are {' '.join('--' + f.name for f in fields(Config))}")
+        fail(f"{unknown[0]} is not a flag; the flags are "
+             + " ".join("--" + f.name for f in fields(Config)))
     for name in ("seeds", "steps"):
         if isinstance(getattr(given, name), int):
             setattr(given, name, dict.fromkeys(REFERENCE, getattr(given, name)))
@@ -381,7 +430,8 @@ def parse(argv):
     runs = [(task, algo) for task in tasks for algo in REFERENCE.get(task, ()) if algo in algos]
     in_tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in REFERENCE.items())
     for name, fine, allowed in (
-            ("task", set(tasks) <= set(REFERENCE), f"all, or a comma list of {', '.join(REFERENCE)}"),
+            ("task", set(tasks) <= set(REFERENCE),
+             f"all, or a comma list of {', '.join(REFERENCE)}"),
             ("algo", set(algos) <= set(known), f"all, or a comma list of {', '.join(known)}"),
             ("algo", runs, f"of --task {cfg.task} those named behind it in {in_tasks}"),
             ("seeds", cfg.seeds["mnist"] >= 1, "whole numbers from 1"),
@@ -389,30 +439,31 @@ def parse(argv):
             ("eta", 0 < cfg.eta < math.inf, "finite numbers above 0"),
             ("mechanism", not cfg.mechanism or "mnist" in tasks, "tasks with mnist among them"),
             ("out", not cfg.out or writable(cfg.out), "files in a folder you can write to"),
-            ("plot", not cfg.plot or writable(cfg.plot) and cfg.plot.endswith(".png"), ".png files in such a folder")):
+            ("plot", not cfg.plot or writable(cfg.plot) and cfg.plot.endswith(".png"),
+             ".png files in such a folder")):
         if not fine:
             value = getattr(cfg, name)
-            fail(f"--{name} {value['mnist'] if isinstance(value, dict) else value}: allowed are {allowed}")
+            fail(f"--{name} {value['mnist'] if isinstance(value, dict) else value}: "
+                 f"allowed are {allowed}")
     return cfg, runs
 
 
 def main(argv=None):
     cfg, runs = parse(argv)
-    draw = run_path(str(Path(__file__).parent / "results" / "plot.py"))["bandit"] if cfg.plot else None
-    tasks = list(dict.fromkeys(task for task, _ in runs))
-    if "mnist" not in tasks:
-        print("not among these: MNIST (Fig. 4), python bandit.py --task mnist, 15 minutes on one core")
-    data = list(load_mnist(cfg.data)) if "mnist" in tasks else None
+    plot = Path(__file__).parent / "results" / "plot.py"
+    draw = run_path(str(plot))["bandit"] if cfg.plot else None
+    with_mnist = "mnist" in (task for task, _ in runs)
+    if not with_mnist:
+        print("not among these: MNIST (Fig. 4), python bandit.py --task mnist, 15 min on one core")
+    data = list(load_mnist(cfg.data)) if with_mnist else None
     records, results = [{"kind": "config", **asdict(cfg)}], []
-    for task, algo in runs:
+    for i, (task, algo) in enumerate(runs):
         *new, result = run(task, algo, cfg, data)
-        records, results = [*records, *new], [*results, result]
-        if cfg.out:                                                      # a crash costs only the method under way
-            try:
-                write(cfg.out, "".join(json.dumps(r) + "\n" for r in records + results).encode())
-            except OSError as error:
-                fail(f"--out {cfg.out}: cannot be written ({error.strerror}); what stood there is intact")
-        if (task, algo) == [pair for pair in runs if pair[0] == task][-1]:
+        records += new
+        results.append(result)
+        if cfg.out:                                  # a crash costs only the method under way
+            save(cfg.out, records + results)
+        if task not in (name for name, _ in runs[i + 1:]):
             report(task, [r for r in records[1:] + results if r["task"] == task], cfg)
     if draw:
         draw(records + results, cfg.plot)
