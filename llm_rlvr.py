@@ -8,12 +8,11 @@
 One update (Trainer.update): sample K completions y_i to each of B prompts from the policy pi_old;
 score them by a rule; u = their z-scores, l_i = log pi(y_i|x) summed over tokens; the target
 q_i ~ exp(alpha l_i_old + u_i / eta) says which should gain probability; then a few gradient steps
-on the cross-entropy to q, whose slope dL/dl = p - q vanishes once the policy gets there.
+on the cross-entropy of p = softmax(l - (1 - alpha) l_old) to q: its slope p - q is 0 once p = q.
 
 The last line to expect from the first command, up to what rounding does to one seed:
     tpo (alpha 0.25) took graph_color from 8.3% to 90.9% pass@1 (greedy 91.8%) on 256 heldout ...
-Log and checkpoint go to out/<task>-<algo>-<seed>/. A task of your own, in a file of your own:
-    import llm_rlvr; llm_rlvr.TASKS["mine"] = Mine(); llm_rlvr.main()
+Log and checkpoint go to out/<task>-<algo>-<seed>/.
 """
 import argparse
 import itertools
@@ -24,7 +23,6 @@ import random
 import re
 import signal
 import sys
-import tempfile
 import time
 import zlib
 from contextlib import suppress
@@ -62,10 +60,8 @@ class Config:
     epochs: int = flag(2, "gradient steps on each batch of rollouts")
     lr: float = flag(2e-3, "AdamW learning rate: rises over 30 updates, and falls linearly to 0")
     eta: float = flag(1.0, "temperature of TPO's target, of dg's gate, or rebel's eta")
-    anchor: float = flag(0.25, "alpha in q ~ p_old^alpha exp(u / eta): 1 is the paper, 0 anchors "
-                               "on the uniform distribution")
-    length_normalize: bool = flag(False, "means of token log-probs for sums in grouped losses, as "
-                                         "in the author's trainer port: another fixed point")
+    anchor: float = flag(0.25, "alpha in q ~ p_old^alpha exp(u / eta): 1 paper, 0 uniform anchor")
+    length_normalize: bool = flag(False, "grouped losses take means of token log-probs, not sums")
     seed: int = flag(0, "of the weights, the training prompts and the sampling")
     eval_every: int = flag(50, "updates between evaluations; a checkpoint precedes each")
     eval_set: str = flag("heldout", "puzzles to evaluate on: heldout, or test for final numbers")
@@ -76,10 +72,8 @@ class Config:
     width: int = flag(128, "embedding width, a multiple of 2 x heads")
     heads: int = flag(4, "query heads")
     kv_heads: int = flag(2, "key/value heads, a divisor of heads")
-    micro_tokens: int = flag(8192, "tokens in one backward pass: lower it when memory runs out; "
-                                   "the gradient stays the same")
-    recompute: bool = flag(False, "keep only the activations between blocks for the backward "
-                                  "pass: slower, less memory")
+    micro_tokens: int = flag(8192, "tokens in one backward pass: less needs less memory")
+    recompute: bool = flag(False, "keep no activations inside blocks: slower, less memory")
     out: str = flag("out/{task}-{algo}-{seed}", "folder of log.jsonl and checkpoint.pt")
     resume: bool = flag(False, "continue from the checkpoint in --out; without it, start anew")
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -87,7 +81,7 @@ class Config:
     plot: bool = flag(False, "draw pass@1 into --out (needs matplotlib)")
 
 
-# What each method did best with (results/README.md). It replaces the defaults, a flag replaces it.
+# What each method did best with (results/README.md): wins over the defaults, a flag over it.
 TUNED = {"tpo": dict(lr=2e-3, epochs=2), "grpo": dict(lr=1e-3, epochs=4),
          "ppo": dict(lr=1e-3, epochs=4), "dg": dict(lr=2e-3, epochs=1),
          "pg": dict(lr=1e-3, epochs=1)}
@@ -96,7 +90,10 @@ ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 # -------------------------------------------------------------------------------------- algorithm
 class Rollout(NamedTuple):
-    """Completions of B prompts, N rows. Row row[b, k] is the k-th completion of prompt b."""
+    """K completions of each of B prompts; equal ones of a prompt are one of the N rows.
+
+    row[b, k] says which, so x[row] makes (B, K, ...) of (N, ...), and its gradient adds up there.
+    """
     prompts: torch.Tensor       # (B, P) left-padded
     prompt_mask: torch.Tensor   # (B, P) False on padding
     y: torch.Tensor             # (N, T)
@@ -112,7 +109,7 @@ class Trainer:
 
     def __init__(self, c):
         self.c, self.task, self.device = c, self.find_task(c), pick_device(c.device)
-        self.method = METHODS[c.algo]
+        self.method = METHODS[c.algo]           # its loss, per, rests, ...: see baselines.Method
         self.loss = self.method.bind(eta=c.eta, anchor=c.anchor, length=c.max_new_tokens)
         torch.manual_seed(c.seed)
         torch.backends.cuda.enable_cudnn_sdp(False)     # it plans anew for each shape it meets
@@ -122,11 +119,13 @@ class Trainer:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.params = sum(p.numel() for p in self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.trained, c.lr, **ADAMW)
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16,
+                                enabled=self.device.type == "cuda")
         self.token_logp = torch.compile(token_logp) if c.compile else token_logp
         self.rng = random.Random(c.seed)
         self.generator = torch.Generator(self.device).manual_seed(c.seed)
         self.eval_items = eval_items(self.task, c.eval_set, c.eval_puzzles)
-        self.step, self.seconds = 0, 0.0                # updates done, time spent on them
+        self.step, self.seconds = 0, 0.0        # updates done; time, warm start included
         self.records = [{"kind": "config", **asdict(c)}]                        # the log
         self.recent = []                                # metrics since the last evaluation
 
@@ -145,24 +144,25 @@ class Trainer:
         l_old = self.sequence_logp(rollout.logp_old, rollout)                             # (B, K)
         q = tpo_target(l_old, scores, c.eta, c.anchor)             # Eq. 2, fixed over the epochs
         metrics = diagnose(q, l_old, rollout, scores, self.ends, c.anchor)
-        sampled = time.time()
+        sampled, taken = time.time(), 0
 
         decay = warmup(self.step) * (1 - self.step / c.steps)
         self.optimizer.param_groups[0]["lr"] = c.lr * decay
         for epoch in range(c.epochs):
-            # pi = pi_old at first: its log-probs are known from sampling, without a forward pass
+            # at first the policy is the one that sampled: its log-probs are known, and only rows
+            # that have a slope go through the model, in backward
             logp, graph = self.policy(rollout) if epoch else (rollout.logp_old, None)     # (N, T)
-            slope = self.slope(logp, rollout, scores, epoch)       # dL/dlogp: p - q for tpo, Eq. 3
-            if not slope.any():         # at rest; AdamW would still move by its moments
+            slope = self.slope(logp, rollout, scores, q, epoch)    # dL/dlogp: p - q for tpo, Eq. 3
+            if not slope.any():         # at rest, where AdamW would still move by its moments
                 break
             self.backward(rollout, slope, graph)
-            norm = self.optimizer_step()
+            norm, taken = self.optimizer_step(), epoch + 1
             metrics["grad_norm"] = metrics["grad_norm"] if epoch else norm
 
         metrics = {name: round(float(x), 5) for name, x in metrics.items()}
         tokens = metrics["tokens"] * scores.numel()                # of completions
         return metrics | dict(sample_tok_s=round(tokens / (sampled - start)),
-                              train_tok_s=round(tokens * c.epochs / (time.time() - sampled)))
+                              train_tok_s=round(tokens * taken / (time.time() - sampled)))
 
     def rollout(self, items):
         """Sample K completions to each puzzle."""
@@ -171,14 +171,22 @@ class Trainer:
         y, logp = self.sample(prompts, prompt_mask, K, self.generator)                 # (B, K, T)
         mask = up_to_end(y, self.ends)
         T = int(mask.sum(-1).max())
+        y = y.masked_fill(~mask, self.ends[0])
         y, mask, logp = (x[..., :T].flatten(0, 1) for x in (y, mask, logp))            # (B * K, T)
         prompt_of = torch.arange(B, device=self.device).repeat_interleave(K)
-        order = (prompt_of * (T + 1) - mask.sum(-1)).argsort()     # by prompt, longest first
-        rollout = Rollout(prompts, prompt_mask, y[order], mask[order], logp[order],
-                          prompt_of[order], order.argsort().view(B, K))
+        key = torch.column_stack((prompt_of, -mask.sum(-1), y))    # by prompt, the longest first
+        key, row = (x.to(self.device)                              # (N, 2 + T), (B * K,)
+                    for x in key.cpu().unique(dim=0, return_inverse=True))     # MPS has none
+        prompt_of, length, y = key[:, 0], -key[:, 1:2], key[:, 2:]
+        mask = torch.arange(T, device=self.device) < length                            # (N, T)
+        # of equal completions the largest: they differ by rounding
+        logp = logp.new_full(y.shape, -torch.inf).scatter_reduce(
+            0, row[:, None].expand(-1, T), logp, "amax")                               # (N, T)
+        rollout = Rollout(prompts, prompt_mask, y, mask, logp, prompt_of, row.view(B, K))
         if c.epochs > 1 and self.device.type == "cuda":
             # in bf16 a later epoch needs log-probs of a forward like its own to compare with
-            rollout = rollout._replace(logp_old=self.policy(rollout)[0])
+            with torch.no_grad():
+                rollout = rollout._replace(logp_old=self.policy(rollout)[0])
         return rollout
 
     def sample(self, prompts, prompt_mask, K, generator, greedy=False):
@@ -209,21 +217,21 @@ class Trainer:
         with torch.no_grad():
             return torch.cat([self.log_policy(rollout, rows) for rows in parts]), None
 
-    def slope(self, logp, rollout, scores, epoch):
-        """dL/dlogp (N, T) of the method's loss at logp (N, T).
-
-        For tpo, p_i - q_i over B at each token of completion i; tpo_loss builds the same q as
-        `update`, since logp_old and scores stay. Equal rows add up: autograd sees to it.
-        """
-        logp = logp.detach().clone().requires_grad_()
-        if self.method.per == "group":
-            l, l_old = (self.sequence_logp(x, rollout) for x in (logp, rollout.logp_old))
-            loss = self.loss(l, l_old, scores)                                            # (B, K)
+    def slope(self, logp, rollout, scores, q, epoch):
+        """dL/dlogp (N, T) of the method's loss at logp (N, T). Equal completions are one row,
+        whose slopes autograd adds up."""
+        logp, anchor = logp.detach().requires_grad_(), self.c.anchor
+        l, l_old = (self.sequence_logp(x, rollout) for x in (logp, rollout.logp_old))     # (B, K)
+        if self.c.algo == "tpo":
+            p = (l - (1 - anchor) * l_old).softmax(-1)              # Eq. 1; anchor = 1: softmax(l)
+            loss = ((p - q).detach() * l).sum(-1).mean()            # has tpo_loss's slope, Eq. 3
+        elif self.method.per == "group":
+            loss = self.loss(l, l_old, scores)
         else:
             new, old, mask = (x[rollout.row] for x in (logp, rollout.logp_old, rollout.mask))
-            loss = self.loss(new, old, scores, mask=mask)                              # (B, K, T)
+            loss = self.loss(new, old, scores, mask=mask)           # from (B, K, T)
         slope, = torch.autograd.grad(loss, logp)
-        if epoch == 0 and self.method.rests:        # 0 but for rounding, of which AdamW makes steps
+        if epoch == 0 and self.method.rests:    # 0 but for rounding, and AdamW would step by that
             slope[~informative(scores)[rollout.prompt_of]] = 0
         return slope
 
@@ -247,17 +255,19 @@ class Trainer:
     def micro_batches(self, rollout, rows):
         """Rows, sorted by prompt, in parts of about --micro-tokens tokens."""
         T, P = rollout.y.shape[1], rollout.prompts.shape[1]
-        cost = T + P // self.c.candidates           # a prompt is computed once for its completions
-        return rows.split(max(1, self.c.micro_tokens // cost))
+        first = rollout.prompt_of[rows].diff(prepend=rows.new_tensor([-1])) > 0     # of a prompt
+        tokens = (T + P * first).cumsum(0)          # a prompt is computed once for its completions
+        part = (tokens - 1) // self.c.micro_tokens                                  # (rows,)
+        return rows.split(part.unique_consecutive(return_counts=True)[1].tolist())
 
     def log_policy(self, rollout, rows):
         """Log-probs (rows, T) under the current policy, 0 on padding, with gradient."""
         mask, (N, T) = rollout.mask[rows], rollout.y.shape
         longest = int(mask.sum(-1).max())
-        prompts, prompt_of = rollout.prompt_of[rows].unique(return_inverse=True)
+        used, prompt_of = rollout.prompt_of[rows].unique(return_inverse=True)
+        prompts, prompt_mask = rollout.prompts[used], rollout.prompt_mask[used]
         with self.autocast():
-            logp = self.token_logp(self.model, rollout.prompts[prompts],
-                                   rollout.prompt_mask[prompts], rollout.y[rows, :longest],
+            logp = self.token_logp(self.model, prompts, prompt_mask, rollout.y[rows, :longest],
                                    prompt_of)
         return F.pad(logp, (0, T - longest)).masked_fill(~mask, 0)
 
@@ -266,13 +276,9 @@ class Trainer:
         l = logp[rollout.row].sum(-1)
         return l / rollout.mask[rollout.row].sum(-1) if self.c.length_normalize else l
 
-    def autocast(self):
-        on = self.device.type == "cuda"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
-
     def read(self, ids):
         """(text, whether it ended) of a completion."""
-        ends = set(self.vocabulary.ends)
+        ends = self.vocabulary.ends
         length = next((t for t, token in enumerate(ids) if token in ends), None)
         return self.vocabulary.decode(ids[:length]), length is not None
 
@@ -330,6 +336,8 @@ class Trainer:
         if c.resume and path.exists():
             self.restore(path)
         else:
+            with suppress(OSError):             # or a run killed early would resume an older one
+                path.unlink()
             self.warm_start()
         print(f"{c.algo}: {self.params:,} parameters, {self.vocabulary.size} tokens, "
               f"{self.device}; e.g. {self.eval_items[0][0][:200]!r}")
@@ -354,21 +362,18 @@ class Trainer:
         names = self.recent[0] if self.recent else ()           # none before the first update
         means = {name: round(mean(m[name] for m in self.recent), 5) for name in names}
         self.recent = []
-        self.records.append(dict(kind="eval", step=self.step, seconds=round(self.seconds, 2),
-                                 **self.evaluate(), **means))
-        self.write_log(folder)
+        self.log(folder, kind="eval", step=self.step, seconds=round(self.seconds, 2),
+                 **self.evaluate(), **means)
         print(progress(self.records[-1], self.c.steps), flush=True)
 
     def record_result(self, folder, seconds):
         c, evaluations = self.c, [r for r in self.records if r["kind"] == "eval"]
         first, last = evaluations[0], evaluations[-1]
-        self.records.append(dict(
-            kind="result", task=c.task, algo=c.algo, seed=c.seed, params=self.params,
-            steps=c.steps, pass1_before=first["pass1"], pass1_after=last["pass1"],
-            greedy_after=last["greedy"], seconds=round(seconds, 2),
-            sample_tok_s=last["sample_tok_s"], train_tok_s=last["train_tok_s"],
-            peak_mb=peak_mb(self.device)))
-        self.write_log(folder)
+        self.log(folder, kind="result", task=c.task, algo=c.algo, seed=c.seed, params=self.params,
+                 steps=c.steps, pass1_before=first["pass1"], pass1_after=last["pass1"],
+                 greedy_after=last["greedy"], seconds=round(seconds, 2),
+                 sample_tok_s=last["sample_tok_s"], train_tok_s=last["train_tok_s"],
+                 peak_mb=peak_mb(self.device))
         print(last["example"]["prompt"])
         for text, score in zip(last["example"]["completions"], last["example"]["scores"]):
             print(f"    {score:g}  {text}")
@@ -377,7 +382,8 @@ class Trainer:
               f"puzzles in {c.steps} updates and {seconds:.0f} s, warm start included")
         return self.records
 
-    def write_log(self, folder):
+    def log(self, folder, **record):
+        self.records.append(record)
         write(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.records))
 
     def state(self):
@@ -389,7 +395,7 @@ class Trainer:
                            if p.requires_grad})
 
     def restore(self, path):
-        saved = load_run(self.c, path)
+        saved = load(self.c, path)
         self.model.load_state_dict(saved["model"], strict=False)    # what is frozen is not in it
         self.optimizer.load_state_dict(saved["optimizer"])
         self.rng.setstate(saved["rng"])
@@ -421,7 +427,7 @@ def diagnose(q, l_old, rollout, scores, ends, alpha):
     shift = (q - anchor).abs().sum(-1)                                                      # (B,)
     ended = torch.isin(y, ends).any(-1)                                                   # (B, K)
     return dict(reward=scores.mean(),
-                kl=torch.xlogy(q, q / anchor.clamp(min=1e-38)).sum(-1).mean(),    # KL(q || p_old)
+                kl=torch.xlogy(q, q / anchor.clamp(min=1e-38)).sum(-1).mean(),   # KL(q || anchor)
                 informative=informative(scores).float().mean(),
                 entropy=-logp.sum() / mask.sum(), tokens=mask.sum(-1).float().mean(),
                 unfinished=1 - ended.float().mean(), anchor_max=anchor.amax(-1).mean(),
@@ -784,11 +790,10 @@ def puzzles(task, rng, n, split):
 @cache
 def eval_items(task, split, n):
     """The puzzles of an evaluation, all different and the same for every seed."""
-    rng, found, in_vain = random.Random(split), {}, 0
-    while len(found) < n and in_vain < 20 * (len(found) + 50):  # by then the task has no more
-        before = len(found)
-        found.update(puzzles(task, rng, 1, split))
-        in_vain = 0 if len(found) > before else in_vain + 1
+    rng, found = random.Random(split), {}
+    for _ in range(20 * n + 1000):              # enough to meet all n of a task that has n
+        if len(found) < n:
+            found.update(puzzles(task, rng, 1, split))
     if len(found) < n:
         print(f"--eval-puzzles {n}: the split {split} has {len(found)}, all are used")
     return list(found.items())
@@ -804,7 +809,8 @@ class Vocabulary:
     def __init__(self, task):
         rng, pieces = random.Random(0), set()
         for text, key in (task.prompt(rng) for _ in range(2000)):
-            pieces.update(re.findall(self.piece, text + task.guess(rng, key)))
+            pieces.update(re.findall(self.piece, text))
+            pieces.update(re.findall(self.piece, task.guess(rng, key)))
         ranks = {piece.encode(): i for i, piece in enumerate(sorted(pieces))}
         self.encoding = tiktoken.Encoding("task", pat_str=self.piece, mergeable_ranks=ranks,
                                           special_tokens={"<|end|>": len(ranks)})
@@ -831,32 +837,28 @@ def write(path, value):
     """A str, or anything torch.save takes: beside path, flushed, renamed. Never half a file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as f:
             f.write(value.encode()) if isinstance(value, str) else torch.save(value, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:        # torch.save: RuntimeError if the disk is full
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         fail(f"cannot write {path} ({str(error).splitlines()[0]}); what stood there is intact", 1)
 
 
-def load(path):
+def load(c, path):
+    """The checkpoint at path, if c may continue it."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                      # a truncated file raises one of many types
-        fail(f"{path} cannot be read ({type(error).__name__}), it is damaged: delete it and leave "
-             "out --resume")
-
-
-def load_run(c, path):
-    """The checkpoint at path if c may continue it."""
-    saved = load(path)
-    if not isinstance(saved, dict) or not saved.keys() >= {"config", "device", "recent", "rng"}:
-        fail(f"--resume: {path} is no checkpoint of this version of this script")
-    free = {"resume", "plot", "out", "compile", "export"}
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        before = saved["config"] | {"device": saved["device"]}
+    except Exception as error:                      # a damaged file raises one of many types
+        fail(f"{path} cannot be read ({type(error).__name__}), it is damaged or no checkpoint: "
+             "delete it and leave out --resume")
     wanted = asdict(c) | {"device": pick_device(c.device).type}
-    before = saved["config"] | {"device": saved["device"]}
+    free = {"resume", "plot", "out", "compile", "micro_tokens", "recompute", "export"}
     for name in wanted.keys() - free:
         if before.get(name) != wanted[name]:
             fail(f"{flag_name(name)} {wanted[name]}: --resume needs {before.get(name)}, as in "
@@ -868,12 +870,10 @@ def peak_mb(device):
     """Largest memory in MB: of the GPU's allocator, else of the process; None if unknown."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    try:
+    with suppress(ImportError):                                         # Windows has none
         import resource
-    except ImportError:                                                                 # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 def pick_device(name):
@@ -895,21 +895,20 @@ def flag_name(name):
 
 def parse(argv, trainer):
     """A config for each method of --algo: defaults, then the task's, then TUNED's, then flags."""
-    flags = [f for f in fields(trainer.Config) if f.metadata]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.error = fail
-    names = [f.name for f in fields(trainer.Config) if f.metadata]
-    for f in fields(trainer.Config):
+    flags = [f for f in fields(trainer.Config) if f.metadata]
+    for f in flags:
         kind = {"type": f.type, "metavar": f.type.__name__}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        if f.metadata:
-            text = f"{f.metadata['help']} [{f.default}]"
-            parser.add_argument(flag_name(f.name), help=text, **kind)
+        text = f"{f.metadata['help']} [{f.default}]"
+        parser.add_argument(flag_name(f.name), help=text, **kind)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        fail(f"{unknown[0]} is not a flag; the flags are {' '.join(map(flag_name, names))}")
+        names = " ".join(flag_name(f.name) for f in flags)
+        fail(f"{unknown[0]} is not a flag; the flags are {names}")
     given = vars(given)                                         # only those on the command line
     task = trainer.find_task(trainer.Config(**given))
     algos = given.pop("algo", trainer.Config.algo).split(",")
@@ -948,18 +947,10 @@ def validate(c):
 
 
 def run_folder(c, several):
-    """The folder of a run, made and known to be writable."""
-    task = c.task.replace(":", "-")
-    folder = Path(c.out.replace("{task}", task).replace("{algo}", c.algo)
-                  .replace("{seed}", str(c.seed)))
-    if several and "{algo}" not in c.out:                   # one --out for several: subfolders
-        folder = folder / c.algo
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        fail(f"--out {folder}: cannot be written ({error.strerror}); allowed are folders that can")
-    return folder
+    out = c.out.replace("{task}", c.task.replace(":", "-")).replace("{seed}", str(c.seed))
+    if several and "{algo}" not in out:                     # one --out for several: subfolders
+        return Path(out) / c.algo
+    return Path(out.replace("{algo}", c.algo))
 
 
 def label(config):
@@ -989,7 +980,7 @@ def compare(logs):
 
 
 def stop_on_signals():
-    """A list that gets an item at Ctrl-C or SIGTERM; the second one ends the process at once."""
+    """A list that gets an item at Ctrl-C or SIGTERM; the same again ends the process at once."""
     stop = []
 
     def ask_to_stop(signum, _):
