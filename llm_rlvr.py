@@ -960,11 +960,12 @@ def label(config):
 
 def progress(r, steps):
     left = r["seconds"] / max(r["step"], 1) * (steps - r["step"])
-    text = f"{r['step']:4d}/{steps} pass@1 {r['pass1']:.3f} greedy {r['greedy']:.3f}"
+    step = f"{r['step']:{len(str(steps))}}/{steps}"
+    text = f"{step} pass@1 {r['pass1']:.3f} greedy {r['greedy']:.3f}"
     if "reward" not in r:
         return f"{text} (before the first update)"
-    return (f"{text} reward {r['reward']:.3f} KL(q||p) {r['kl']:.3f} informative "
-            f"{r['informative']:.2f} {r['train_tok_s']:,.0f} tok/s {left:.0f} s left")
+    return (f"{text} reward {r['reward']:.2f} KL(q||p) {r['kl']:.2f} informative "
+            f"{r['informative']:.0%} {r['train_tok_s']:.0f} tok/s {left:.0f}s left")
 
 
 def compare(logs):

@@ -64,7 +64,7 @@ INSTALL = 'pip install "transformers>=4.56,<6"'
 FAMILIES = "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 PLAIN = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False,
              quantization_config=None)
-ROPES = "default", "linear", "llama3"       # one frequency for all lengths, cos and sin not scaled
+ROPES = "default", "linear", "llama3"       # the same at every length; cos and sin are not scaled
 
 
 def read_folder(folder):
@@ -77,6 +77,7 @@ def read_folder(folder):
     except ImportError:
         fail(f"transformers is missing: {INSTALL}")
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()            # not its table of unfit weights
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         refuse(folder, "architectures", config.architectures, [[name] for name in FAMILIES])
@@ -89,7 +90,7 @@ def read_folder(folder):
         reason = str(error).split("\n")[0]
         fail(f"{folder} cannot be read ({type(error).__name__}: {reason})")
     for kind in ("missing_keys", "unexpected_keys"):
-        refuse(folder, kind, sorted(info[kind]), [[]])
+        refuse(folder, kind, sorted(info[kind])[:1], [[]])
     refuse(folder, "rope_type", library.model.rotary_emb.rope_type, ROPES)
     return library, tokenizer
 
@@ -126,6 +127,8 @@ class Vocabulary:
         ends = library.generation_config.eos_token_id
         if ends is None:
             ends = tokenizer.eos_token_id
+        if ends is None:
+            fail(f"{tokenizer.name_or_path} names no end token; allowed are models that have one")
         self.ends = ends if isinstance(ends, list) else [ends]
 
     def encode(self, text):

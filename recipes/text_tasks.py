@@ -133,9 +133,11 @@ def make_task(name, data, shots):
     """The task of that name, always the same instance."""
     if name not in (*TASKS, "gsm8k", "jsonl") and not name.startswith("rg:"):
         fail(f"--task {name}: allowed are gsm8k, jsonl, rg:NAME, {', '.join(TASKS)}")
-    if bool(data) != (name in ("gsm8k", "jsonl")):
-        fail(f"--data {data!r}: gsm8k takes a folder, jsonl a file, and {name} "
-             f"{'needs it' if not data else 'takes none'}")
+    form = {"gsm8k": "FOLDER", "jsonl": "FILE.jsonl"}.get(name)
+    if form and not data:
+        fail(f"--task {name}: needs --data {form}")
+    if data and not form:
+        fail(f"--data {data}: goes with --task gsm8k or jsonl, not with {name}")
     if shots < 0 or shots and name != "gsm8k":
         fail(f"--shots {shots}: allowed are 0 or more, and with gsm8k alone")
     if name in TASKS:
