@@ -965,7 +965,7 @@ def progress(r, steps):
     if "reward" not in r:
         return f"{text} (before the first update)"
     return (f"{text} reward {r['reward']:.2f} KL(q||p) {r['kl']:.2f} informative "
-            f"{r['informative']:.0%} {r['train_tok_s']:.0f} tok/s {left:.0f}s left")
+            f"{r['informative']:.0%} {r['train_tok_s']:.0f} tok/s {left:.0f} s left")
 
 
 def compare(logs):

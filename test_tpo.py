@@ -1,5 +1,4 @@
 """pytest: the mathematics of the losses, then each script's behaviour, run as a user runs it."""
-import dataclasses
 import gzip
 import importlib.util
 import inspect
@@ -15,8 +14,7 @@ import struct
 import subprocess
 import sys
 import urllib.request
-from dataclasses import fields
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -1281,14 +1279,14 @@ def test_runs_log_print_and_compare(tmp_path, capsys, monkeypatch):
         line = (f"{label} took graph_color from {first['pass1']:.1%} to {last['pass1']:.1%} pass@1 "
                 f"(greedy {last['greedy']:.1%}) on 8 heldout puzzles in 5 updates and ")
         assert any(line in shown for shown in out)
-    assert logs[0][1]["pass1"] == logs[1][1]["pass1"] and out[-1].split()[0] == "pg"
+    assert logs[0][1]["pass1"] == logs[1][1]["pass1"] and out[-3].startswith("algorithm")
 
 
 def test_progress_and_table_by_hand(capsys):
     r = dict(kind="eval", step=150, seconds=30.2, pass1=0.5, greedy=0.25, reward=1, kl=1.5,
              informative=0.5, train_tok_s=123_456)
     line = llm_rlvr.progress(r, 750)
-    assert " 123456 tok/s " in line and line.endswith(" 121s left") and len(line) <= 100
+    assert line.endswith(" 123456 tok/s 121 s left") and len(line) <= 100
     assert llm_rlvr.progress(dict(r, step=1), 31).endswith(" 906 s left")
     evals = dict(r, step=0, pass1=0.1), r, dict(r, step=200, pass1=0.9, seconds=60.0)
     result = dict(kind="result", pass1_before=0.1, pass1_after=0.9, greedy_after=0.8)
@@ -1327,11 +1325,11 @@ def test_resumed_run_is_the_same_to_the_bit(dies_in, tmp_path, capsys):
 
 
 def test_slow_run_killed_twice_and_resumed_is_the_same_to_the_bit(tmp_path):
-    command = ["llm_rlvr.py", *TINY, "--steps", "40", "--out", tmp_path / "cut"]
+    command = ["llm_rlvr.py", *TINY, "--steps", "60", "--out", tmp_path / "cut"]
     for signum, step, more in (signal.SIGINT, "4/", []), (signal.SIGTERM, "20/", ["--resume"]):
         process = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:], *more],
                                    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        while f" {step}40 " not in process.stdout.readline():
+        while f"{step}60 " not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signum)
         out, error = process.communicate(timeout=60)
