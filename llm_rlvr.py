@@ -25,7 +25,7 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
@@ -81,7 +81,8 @@ class Config:
     plot: bool = flag(False, "draw pass@1 into --out (needs matplotlib)")
 
 
-# What each method did best with (results/README.md): wins over the defaults, a flag over it.
+# What each did best with on graph_color (dg: of one epoch), see results/README.md. These replace
+# the defaults above; a task's own defaults and the flags of the command line replace these.
 TUNED = {"tpo": dict(lr=2e-3, epochs=2), "grpo": dict(lr=1e-3, epochs=4),
          "ppo": dict(lr=1e-3, epochs=4), "dg": dict(lr=2e-3, epochs=1),
          "pg": dict(lr=1e-3, epochs=1)}
@@ -104,7 +105,7 @@ class Rollout(NamedTuple):
 
 
 class Trainer:
-    """One run: model, optimizer, random states, log. A checkpoint holds what is in `state`."""
+    """RL with verifiable rewards on a small GPT, one run. A checkpoint holds what is in `state`."""
     Config, tuned = Config, TUNED
 
     def __init__(self, c):
@@ -137,14 +138,14 @@ class Trainer:
 
     def update(self):
         """Sample, score, target, fit: one update. Returns its metrics."""
-        c, start = self.c, time.time()
+        c, start = self.c, time.perf_counter()
         items = puzzles(self.task, self.rng, c.prompts, "train")
         rollout = self.rollout(items)                              # K completions of each prompt
         scores = self.score(items, rollout.y[rollout.row]).to(self.device)                # (B, K)
         l_old = self.sequence_logp(rollout.logp_old, rollout)                             # (B, K)
         q = tpo_target(l_old, scores, c.eta, c.anchor)             # Eq. 2, fixed over the epochs
         metrics = diagnose(q, l_old, rollout, scores, self.ends, c.anchor)
-        sampled, taken = time.time(), 0
+        sampled, taken = time.perf_counter(), 0
 
         decay = warmup(self.step) * (1 - self.step / c.steps)
         self.optimizer.param_groups[0]["lr"] = c.lr * decay
@@ -162,7 +163,7 @@ class Trainer:
         metrics = {name: round(float(x), 5) for name, x in metrics.items()}
         tokens = metrics["tokens"] * scores.numel()                # of completions
         return metrics | dict(sample_tok_s=round(tokens / (sampled - start)),
-                              train_tok_s=round(tokens * taken / (time.time() - sampled)))
+                              train_tok_s=round(tokens * taken / (time.perf_counter() - sampled)))
 
     def rollout(self, items):
         """Sample K completions to each puzzle."""
@@ -284,7 +285,7 @@ class Trainer:
 
     def encode_prompts(self, items):
         """Prompts (B, P) and their mask, padded on the left: completions start in one column."""
-        rows = [torch.tensor(self.vocabulary.encode(text)) for text, _ in items]
+        rows = [torch.tensor(self.vocabulary.encode(text), dtype=torch.long) for text, _ in items]
         tokens = pad_sequence(rows, True, padding_value=-1, padding_side="left").to(self.device)
         return tokens.clamp(min=0), tokens >= 0
 
@@ -333,6 +334,8 @@ class Trainer:
         """Warm start or resume, then updates, with a checkpoint and an evaluation every
         --eval-every. Ends after the update under way once stop, a list, has an item."""
         c, path = self.c, folder / "checkpoint.pt"
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)     # of this run, not of those before
         if c.resume and path.exists():
             self.restore(path)
         else:
@@ -467,8 +470,10 @@ class Cache:
         return (weight.to(values) @ values).view(q.shape)
 
     def keep(self, rows):
-        """Only these rows go on."""
-        self.layers, self.visible = [x[:, rows] for x in self.layers], self.visible[rows]
+        """Only these rows go on. Layer by layer: old and new of all would not fit."""
+        for i in range(len(self.layers)):
+            self.layers[i] = self.layers[i][:, rows]
+        self.visible = self.visible[rows]
 
 
 @torch.no_grad()
@@ -837,7 +842,6 @@ def write(path, value):
     """A str, or anything torch.save takes: beside path, flushed, renamed. Never half a file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as f:
             f.write(value.encode()) if isinstance(value, str) else torch.save(value, f)
             f.flush()
@@ -851,13 +855,15 @@ def write(path, value):
 
 def load(c, path):
     """The checkpoint at path, if c may continue it."""
+    wanted = asdict(c) | {"device": pick_device(c.device).type}
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         before = saved["config"] | {"device": saved["device"]}
+        if before.keys() != wanted.keys():
+            raise ValueError("of another version")
     except Exception as error:                      # a damaged file raises one of many types
-        fail(f"{path} cannot be read ({type(error).__name__}), it is damaged or no checkpoint: "
-             "delete it and leave out --resume")
-    wanted = asdict(c) | {"device": pick_device(c.device).type}
+        fail(f"{path} cannot be read ({type(error).__name__}): it is damaged, or no checkpoint of "
+             "this version; delete it and leave out --resume")
     free = {"resume", "plot", "out", "compile", "micro_tokens", "recompute", "export"}
     for name in wanted.keys() - free:
         if before.get(name) != wanted[name]:
@@ -894,8 +900,8 @@ def flag_name(name):
 
 
 def parse(argv, trainer):
-    """A config for each method of --algo: defaults, then the task's, then TUNED's, then flags."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+    """A config for each method of --algo: defaults, then TUNED's, then the task's, then flags."""
+    parser = argparse.ArgumentParser(description=trainer.__doc__, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.error = fail
     flags = [f for f in fields(trainer.Config) if f.metadata]
@@ -917,7 +923,7 @@ def parse(argv, trainer):
         if algo not in METHODS or algos.count(algo) > 1:
             fail(f"--algo {algo}: allowed are {', '.join(METHODS)}, each once")
         once = dict(epochs=1) if METHODS[algo].epochs == 1 else {}
-        defaults = task.defaults | trainer.tuned.get(algo, once)
+        defaults = trainer.tuned.get(algo, once) | task.defaults
         configs.append(trainer.Config(**defaults | given, algo=algo))
         validate(configs[-1])
     return configs
@@ -980,6 +986,7 @@ def compare(logs):
               f"{r['greedy_after']:>8.3f}{half:>18}{most:>18}")
 
 
+@contextmanager
 def stop_on_signals():
     """A list that gets an item at Ctrl-C or SIGTERM; the same again ends the process at once."""
     stop = []
@@ -990,9 +997,12 @@ def stop_on_signals():
         with suppress(OSError):                 # a pipe's reader gets Ctrl-C too, and may be gone
             os.write(1, b"stopping soon, with a checkpoint; the same again stops at once\n")
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, ask_to_stop)
-    return stop
+    before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def main(argv=None, trainer=Trainer):
@@ -1005,9 +1015,15 @@ def main(argv=None, trainer=Trainer):
     started = [folder / "checkpoint.pt" for folder in folders]
     if configs[0].resume and not any(path.exists() for path in started):
         fail(f"--resume: there is no {started[0]}; leave it out, or name the run's folder by --out")
-    stop, logs = stop_on_signals(), []
-    for c, folder in zip(configs, folders):
-        logs.append(trainer(c).run(folder, stop))
+    for c, folder, path in zip(configs, folders, started):     # now, not after hours of other runs
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--out {folder}: cannot be written ({error.strerror})")
+        if c.resume and path.exists():
+            load(c, path)
+    with stop_on_signals() as stop:
+        logs = [trainer(c).run(folder, stop) for c, folder in zip(configs, folders)]
     if len(logs) > 1:
         compare(logs)
     if configs[0].plot:

@@ -38,8 +38,7 @@ class Config(llm_rlvr.Config):
     task: str = flag("gsm8k", "gsm8k, jsonl (your own lines), rg:NAME (a dataset of Reasoning "
                               "Gym), or one of llm_rlvr.py's")
     data: str = flag("", "folder of train.jsonl and test.jsonl (gsm8k), or the .jsonl file (jsonl)")
-    shots: int = flag(0, "solved examples before each gsm8k question, for models without a chat "
-                         "template")
+    shots: int = flag(0, "solved gsm8k examples before each, for models without a chat template")
     lora_rank: int = flag(0, "train low-rank branches of this rank instead of the weights, which "
                              "on CUDA are kept in bf16; 0 trains the weights")
     export: str = flag("", "folder for the trained model and its tokenizer")
@@ -167,7 +166,7 @@ def add_branch(module, inputs, y):
 @torch.no_grad()
 def merged(model):
     """The weights by their names in transformers, fp32, with their branches added."""
-    weights = {name: x.float() for name, x in model.state_dict().items()}
+    weights = {name: x.cpu().float() for name, x in model.state_dict().items()}
     for name in [name for name in weights if name.endswith(".A")]:
         A, B = weights.pop(name), weights.pop(name[:-1] + "B")
         weights[name[:-1] + "weight"] = weights[name[:-1] + "weight"] + 2 * B @ A
@@ -176,6 +175,7 @@ def merged(model):
 
 # ---------------------------------------------------------------------------------------- trainer
 class Pretrained(llm_rlvr.Trainer):
+    """RL with verifiable rewards on a pretrained model: recipes/pretrained.py DIR, then flags."""
     Config, tuned = Config, {}
 
     @staticmethod
@@ -184,6 +184,10 @@ class Pretrained(llm_rlvr.Trainer):
             fail(f"--lora-rank {c.lora_rank}: allowed are 0 or more")
         if c.export and "," in c.algo:
             fail(f"--export {c.export}: allowed with one algorithm, not with a list")
+        try:
+            os.makedirs(c.export or ".", exist_ok=True)
+        except OSError as error:
+            fail(f"--export {c.export}: cannot be written ({error.strerror})")
         return make_task(c.task, c.data, c.shots)
 
     def build(self):

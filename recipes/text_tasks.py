@@ -6,6 +6,7 @@ and no guess: a pretrained model needs no warm start. check is a reward for any 
 import json
 import re
 import sys
+from copy import copy
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
@@ -141,7 +142,9 @@ def make_task(name, data, shots):
     if shots < 0 or shots and name != "gsm8k":
         fail(f"--shots {shots}: allowed are 0 or more, and with gsm8k alone")
     if name in TASKS:
-        return TASKS[name]
+        task = copy(TASKS[name])
+        task.defaults = {}                      # its own are for the small GPT
+        return task
     if name == "gsm8k":
         return Gsm8k(data, shots)
     return Jsonl(data) if name == "jsonl" else ReasoningGym(name.removeprefix("rg:"))

@@ -3,10 +3,10 @@
     python results/speed/bench.py bandit                  beside the reference's times as measured
                                                           elsewhere
     python results/speed/bench.py seqtask                 the same for the transformer, 5 min
-    python results/speed/bench.py llm                     RL steps beside TRL's GRPOTrainer, how
-                                                          they scale, and the default job
-    python results/speed/bench.py llm --before TREE       ... the default job of another checkout
-                                                          as well, one after the other
+    python results/speed/bench.py job --before TREE       the default job, and that of another
+                                                          checkout behind it, 5 min
+    python results/speed/bench.py llm                     RL steps beside TRL's GRPOTrainer, and
+                                                          how they scale
     python results/speed/bench.py llm --model DIR         ... and sampling of a pretrained model
                                                           beside transformers' generate
 For llm: pip install trl==1.16, which brings transformers; without it only our times are printed.
@@ -239,20 +239,22 @@ def sampling(folder, B=4, P=33, K=16, T=64):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["bandit", "seqtask", "llm"])
-    parser.add_argument("--before", metavar="TREE", help="llm: another checkout of this repository")
+    parser.add_argument("what", choices=["bandit", "seqtask", "job", "llm"])
+    parser.add_argument("--before", metavar="TREE", help="job: another checkout of this repository")
     parser.add_argument("--model", metavar="DIR", help="llm: a pretrained model to sample from")
     args = parser.parse_args()
-    if args.what != "llm" and (args.before or args.model):
-        parser.error("--before and --model go with llm")
+    if args.before and args.what != "job" or args.model and args.what != "llm":
+        parser.error("--before goes with job, --model with llm")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     if args.what == "llm":
         rl()
+        if args.model:
+            sampling(args.model)
+        return
+    if args.what == "job":
         job("this checkout", ROOT)
         if args.before:
             job("the other", args.before)
-        if args.model:
-            sampling(args.model)
         return
     print(f"{'seconds':50}{'ours':>8}{'reference, measured elsewhere':>32}{'ratio':>8}")
     measure, digits = {"bandit": (bandit, 1), "seqtask": (sequences, 3)}[args.what]
