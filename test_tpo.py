@@ -1080,7 +1080,8 @@ def test_equal_scores_change_no_weight(algo):
 def test_updates_follow_the_schedule_on_training_puzzles_and_report_speed(monkeypatch):
     t = tiny("--steps 90 --lr 0.3 --epochs 3")
     t.score, drawn = (lambda *_: torch.eye(6, 4)), spy(t, "rollout")
-    monkeypatch.setattr(llm_rlvr, "time", SimpleNamespace(time=itertools.count(step=4).__next__))
+    clock = SimpleNamespace(perf_counter=itertools.count(step=4).__next__)
+    monkeypatch.setattr(llm_rlvr, "time", clock)
     for t.step, rate in (0, 1 / 30), (14, 0.5 * 76 / 90), (29, 61 / 90), (60, 1 / 3), (89, 1 / 90):
         m = t.update()
         assert t.optimizer.param_groups[0]["lr"] == pytest.approx(0.3 * rate)
@@ -1369,7 +1370,7 @@ def test_full_disk_keeps_the_old_file(error, tmp_path, capsys, monkeypatch):
     llm_rlvr.write(path, "old")
     monkeypatch.setattr(torch, "save", save)
     one_line(capsys, f"{path} No space intact", llm_rlvr.write, path, {}, status=1)
-    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"old"
 
 
 @each("score, words", [(0.0, "gradient nan update 0 --lr 0.002 --eta 1.0"),
@@ -1497,7 +1498,7 @@ def test_prompt_is_the_chat_template_or_bare_text_and_every_end_ends(
     (dict(hidden_size=36), "cannot be read")])
 def test_a_model_that_does_not_fit_is_refused_by_name(changes, words, tmp_path, capsys):
     folder, _ = hub_folder(tmp_path, "Llama")
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     capsys.readouterr()                                                     # a progress bar
     one_line(capsys, f"{folder} {words}", lambda: pretrained.read_folder(folder))

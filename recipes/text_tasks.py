@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llm_rlvr import TASKS, fail, hash_split
 
-NUMBER = r"(?:(?<![\w)])[-−])?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"   # the minus of 5-3 is no sign
+# the minus of 5-3 is no sign
+NUMBER = r"(?:(?<![\w)])[-\u2212])?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
 MARK = r"####|\\boxed\{|answer(?: is|\W{0,2}:)"
 
 
@@ -23,7 +24,7 @@ def final_number(text):
     text = text.replace("{,}", ",")                                       # LaTeX writes 1{,}080
     *before, tail = re.split(MARK, text, flags=re.IGNORECASE)
     numbers = before and re.findall(NUMBER, tail)[:1] or re.findall(NUMBER, text)[-1:]
-    return Decimal(re.sub("[$,]", "", numbers[0]).replace("−", "-")) if numbers else None
+    return Decimal(re.sub("[$,]", "", numbers[0]).replace("\u2212", "-")) if numbers else None
 
 
 def final_line(text):

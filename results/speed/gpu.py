@@ -6,6 +6,7 @@ memory, throughput, share of the memory bandwidth and of the matmul rate; twenty
 at once. Prints one JSON line per check with the device's name. Not yet run on a GPU: no number in
 this repository comes from it.
 """
+import gc
 import json
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def log_probs():
 def default_job(*flags):
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, ROOT / "llm_rlvr.py", "--algo", "tpo", "--device", "cuda",
-                        "--out", folder, *flags], check=True)
+                        "--out", folder, *flags], check=True, stdout=sys.stderr)
         lines = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
     *records, result = map(json.loads, lines)
     reached = [r["seconds"] for r in records if r["kind"] == "eval" and r["pass1"] >= 0.9]
@@ -120,6 +121,7 @@ def large_update(matmul, copy, lora_rank):
         def score(self, items, y):
             return torch.rand(B, K)
 
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     t = Trainer(llm_rlvr.Config(
@@ -136,7 +138,7 @@ def large_update(matmul, copy, lora_rank):
     show(f"1.7B update, LoRA rank {lora_rank}" if lora_rank else "1.7B update", params=params,
          peak_gb=torch.cuda.max_memory_allocated() / 1e9, sample_tok_s=sampled, train_tok_s=trained,
          share_of_bandwidth=sampled / (B * K) * (2 * params + cache) / copy,
-         share_of_matmul=trained * 6 * params / matmul)
+         share_of_matmul=trained * (4 if lora_rank else 6) * params / matmul)    # W is frozen
 
 
 def seeds_at_once(algo, reward):
