@@ -158,7 +158,8 @@ class Trainer:
                 break
             self.backward(rollout, slope, graph)
             norm, taken = self.optimizer_step(), epoch + 1
-            metrics["grad_norm"] = metrics["grad_norm"] if epoch else norm
+            if epoch == 0:
+                metrics["grad_norm"] = norm
 
         metrics = {name: round(float(x), 5) for name, x in metrics.items()}
         tokens = metrics["tokens"] * scores.numel()                # of completions
@@ -866,9 +867,8 @@ def load(c, path):
              "this version; delete it and leave out --resume")
     free = {"resume", "plot", "out", "compile", "micro_tokens", "recompute", "export"}
     for name in wanted.keys() - free:
-        if before.get(name) != wanted[name]:
-            fail(f"{flag_name(name)} {wanted[name]}: --resume needs {before.get(name)}, as in "
-                 f"{path}")
+        if before[name] != wanted[name]:
+            fail(f"{flag_name(name)} {wanted[name]}: --resume needs {before[name]}, as in {path}")
     return saved
 
 
@@ -1011,20 +1011,21 @@ def main(argv=None, trainer=Trainer):
     configs = parse(sys.argv[1:] if argv is None else argv, trainer)
     if configs[0].plot:
         draw = run_path(str(Path(__file__).parent / "results" / "plot.py"))["llm"]
-    folders = [run_folder(c, several=len(configs) > 1) for c in configs]
+    several = len(configs) > 1
+    folders = [run_folder(c, several) for c in configs]
     started = [folder / "checkpoint.pt" for folder in folders]
     if configs[0].resume and not any(path.exists() for path in started):
         fail(f"--resume: there is no {started[0]}; leave it out, or name the run's folder by --out")
-    for c, folder, path in zip(configs, folders, started):     # now, not after hours of other runs
+    for c, folder, path in zip(configs, folders, started):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"--out {folder}: cannot be written ({error.strerror})")
-        if c.resume and path.exists():
-            load(c, path)
+        if several and c.resume and path.exists():
+            load(c, path)                       # told now, not after hours of other runs
     with stop_on_signals() as stop:
         logs = [trainer(c).run(folder, stop) for c, folder in zip(configs, folders)]
-    if len(logs) > 1:
+    if several:
         compare(logs)
     if configs[0].plot:
         draw(sum(logs, []), folders[-1] / "pass1.png")
