@@ -155,8 +155,7 @@ class Trainer:
         for optimizer, share in self.optimizers:
             optimizer.param_groups[0]["lr"] = share * c.lr * decay
         for epoch in range(c.epochs):
-            # at first the policy is the one that sampled: its log-probs are known
-            logp = self.policy(rollout) if epoch else rollout.logp_old                    # (N, T)
+            logp = self.policy(rollout, epoch)                                            # (N, T)
             slope = self.slope(logp, rollout, scores, q, epoch)    # dL/dlogp: p - q for tpo, Eq. 3
             if not slope.any():         # at rest, where AdamW would still move by its moments
                 break
@@ -188,7 +187,7 @@ class Trainer:
         rollout = Rollout(prompts, y, logp, prompt_of, row.view(B, K))
         if c.epochs > 1 and self.device.type == "cuda":
             # in bf16 a later epoch needs log-probs of a forward like its own to compare with
-            rollout = rollout._replace(logp_old=self.policy(rollout))
+            rollout = rollout._replace(logp_old=self.policy(rollout, 1))
         return rollout
 
     def sample(self, prompts, K, generator, greedy=False):
@@ -215,8 +214,10 @@ class Trainer:
                              for (_, key), candidates in zip(items, y.tolist())]).float()
 
     @torch.no_grad()
-    def policy(self, rollout):
-        """Log-probs (N, T) under the current policy."""
+    def policy(self, rollout, epoch):
+        """Log-probs (N, T) under the current policy; at first it is the one that sampled."""
+        if epoch == 0:
+            return rollout.logp_old
         rows = torch.arange(len(rollout.y), device=self.device)
         return torch.cat([self.log_policy(rollout, part) for part in self.parts(rollout, rows)])
 
@@ -745,7 +746,8 @@ class GraphColor:
     def prompt(self, rng):
         while True:
             edges = sorted(rng.sample(self.edges, rng.randint(4, 8)))
-            if any(not self.bits(edges) & equal for equal in self.equal):
+            graph = self.bits(edges)
+            if any(not graph & equal for equal in self.equal):
                 return "Color" + "".join(" " + e for e in edges) + ":", edges
 
     def proper(self, edges, colors):
