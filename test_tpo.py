@@ -1,4 +1,5 @@
 """pytest: the mathematics of the losses, then each script's behaviour, run as a user runs it."""
+import copy
 import gzip
 import importlib.util
 import inspect
@@ -19,6 +20,7 @@ from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1733,32 +1735,45 @@ def recipe(name, *needs):
     return module
 
 
-def test_verl_loss_with_our_advantage_has_the_gradient_of_tpo_loss():
-    recipe("verl_tpo", "verl")
-    from verl.trainer.ppo import core_algos
-    logp, rewards = torch.randn(6, 5).requires_grad_(), torch.zeros(6, 5)
-    mask = torch.arange(5) < torch.tensor([[5], [2], [3], [1], [4], [5]])
-    rewards[:, 0] = torch.tensor([1.0, 0.2, 0, 0.5, 0, 0.5])
-    uid = ["a", "b", "a", "b", "a", "b"]                    # rows of a group are no neighbours
-    A, _ = core_algos.get_adv_estimator_fn("tpo")(
-        token_level_rewards=rewards, response_mask=mask.float(), index=uid, config=None)
-    l = logp.masked_fill(~mask, 0).sum(-1).view(3, 2).T     # (2 prompts, 3)
-    expected = grad(tpo_loss(l, l.detach(), rewards[:, 0].view(3, 2).T, anchor=0.0), logp)
-    gpg, total = core_algos.get_policy_loss_fn("gpg"), 0
-    sizes = dict(dp_size=1, global_batch_size=6)            # verl passes the global size
-    for rows in ([0, 3], [5, 1, 2], [4]):                   # in any micro-batches
-        config = SimpleNamespace(global_batch_info=sizes)
-        total += gpg(logp[rows].detach(), logp[rows], A[rows], mask[rows].float(),
-                     "seq-mean-token-sum", config)[0]
+@each("name, anchor", [("tpo", 0.0), ("gdpo", 0.0), ("gdpo", 0.25), ("gdpo", 1.0)])
+def test_verl_step_has_the_gradient_of_tpo_loss(name, anchor):
+    """From verl's compute_advantage to its gpg loss, in micro-batches that split groups."""
+    estimate = recipe("verl_tpo", "verl.trainer.ppo.ray_trainer").tpo_advantage
+    from verl import DataProto
+    from verl.trainer.ppo import core_algos, ray_trainer
+    uid = np.array(["a", "b", "pad", "a", "b", "a", "c", "b", "pad", "a", "c"], dtype=object)
+    lengths = torch.tensor([5, 2, 0, 3, 1, 4, 5, 2, 0, 1, 3])    # verl pads a batch with empty rows
+    mask = torch.arange(5) < lengths[:, None]
+    logp, rewards = torch.randn(11, 5).requires_grad_(), torch.rand(11, 5) * mask
+    rewards[uid == "c"] = 0.1 * mask[uid == "c"] / lengths[uid == "c", None]   # a group at rest
+    old = logp.detach()
+    batch = dict(token_level_rewards=rewards, response_mask=mask.float(), old_log_probs=old)
+    A = ray_trainer.compute_advantage(
+        DataProto.from_dict(batch, non_tensors=dict(uid=uid)), name,
+        config={"tpo_anchor": anchor, "tpo_eta": 0.5}).batch["advantages"]
+    assert (A[uid == "c"] == 0).all()
+    expected, total = 0, 0
+    for prompt in "abc":
+        l, s = ((x * mask)[uid == prompt].sum(-1) for x in (logp, rewards))
+        expected += grad(tpo_loss(l, l.detach(), s, 0.5, anchor), logp) / 3
+    config = SimpleNamespace(global_batch_info=dict(dp_size=1, global_batch_size=9))
+    for rows in ([0, 10, 4], [5, 1, 2, 3], [6, 7, 8, 9]):
+        total += core_algos.get_policy_loss_fn("gpg")(
+            old[rows], logp[rows], A[rows], mask[rows].float(), "seq-mean-token-sum", config)[0]
     close(grad(total, logp), expected)
     assert expected.abs().max() > 0.01
+    with pytest.raises(ValueError, match="tpo_anchor 0.25.*gdpo"):
+        estimate(rewards, mask, uid, {"tpo_anchor": 0.25})
+    estimate(rewards, mask, uid)                                                 # anchor 0
 
 
-def points(texts):
-    return [text.count("a") + 0.5 * text.count("b") for text in texts]
+def points(completions, **_):
+    """Rewards; for two words NaN, TRL's way to say that nothing scores this completion."""
+    return [math.nan if len(text.split()) == 2 else text.count("a") + 0.5 * text.count("b")
+            for text in completions]
 
 
-def trl_run(tmp_path, trl_tpo, accumulate, epochs, **settings):
+def trl_run(tmp_path, accumulate=1, epochs=1, anchor=0.0, reward=points, cls=None, **settings):
     """A trainer of a random Qwen3 shape on 8 prompts, K = 4, 2 groups a micro-batch."""
     import datasets
     import tokenizers
@@ -1773,76 +1788,126 @@ def trl_run(tmp_path, trl_tpo, accumulate, epochs, **settings):
         vocab_size=14, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, pad_token_id=0,
         eos_token_id=1, bos_token_id=None))
+    model.generation_config.eos_token_id = [1, 5]
+    model.generation_config.min_p = settings.pop("model_min_p", None)
     defaults = dict(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False,
         report_to="none", num_generations=4, per_device_train_batch_size=8, num_iterations=epochs,
         gradient_accumulation_steps=accumulate, max_completion_length=6, max_steps=4,
-        learning_rate=1e-2, max_grad_norm=0, beta=0.0, save_strategy="no", disable_tqdm=True)
+        learning_rate=1e-2, max_grad_norm=0, save_strategy="no", disable_tqdm=True)
     prompts = ["a b c", "d", "e f", "g h i j", "k", "l a", "b d", "c e"]
-    return trl_tpo.TPOTrainer(
-        model, reward_funcs=lambda completions, **_: points(completions),
-        args=trl.GRPOConfig(**defaults | settings), processing_class=tokenizer, anchor=0.25,
-        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}))
+    return (cls or recipe("trl_tpo").TargetPOTrainer)(
+        model, reward_funcs=reward, args=trl.GRPOConfig(**defaults | settings), anchor=anchor,
+        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer)
 
 
-@each("accumulate, epochs", [(2, 3), (1, 1)])
-def test_slow_trl_step_has_the_gradient_of_tpo_loss(tmp_path, accumulate, epochs):
-    """What TRL hands to the optimizer at each step is tpo_loss's gradient over whole groups."""
+@each("accumulate, epochs, slices, anchor", [(2, 2, 2, 1.0), (1, 2, 2, 0.0), (1, 1, 1, 0.25)])
+def test_slow_trl_step_has_the_gradient_of_tpo_loss(tmp_path, accumulate, epochs, slices, anchor):
+    """What the optimizer gets at each step is tpo_loss's gradient over all processes' groups.
+
+    In two: python -m torch.distributed.run --nproc-per-node 2 -m pytest test_tpo.py -k trl_step
+    """
     trl_tpo = recipe("trl_tpo", "trl")
     import transformers
-    trainer = trl_run(tmp_path, trl_tpo, accumulate, epochs)
-    rollouts, errors = [], []
+    from accelerate.utils import gather_object
+
+    class WithTools(trl_tpo.TargetPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            return batch | {"tool_mask": (batch["completion_ids"] != 4).long()}
+
+    trainer = trl_run(tmp_path, accumulate, epochs, anchor, cls=WithTools,
+                      steps_per_generation=slices)
+    tokenizer, rollout, errors = trainer.processing_class, [], []
+
+    def totals(model, rows):
+        ids = torch.cat((rows["prompt_ids"], rows["completion_ids"]), 1)
+        mask, P = rows["completion_mask"], rows["prompt_ids"].shape[1]
+        logits = model(ids, attention_mask=torch.cat((rows["prompt_mask"], mask), 1)).logits
+        logp = logits[:, P - 1:-1].log_softmax(-1).gather(-1, ids[:, P:, None])[..., 0]
+        return (logp * mask * (ids[:, P:] != 4)).sum(-1).view(-1, 4)
 
     class Check(transformers.TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **_):
             got = torch.cat([p.grad.flatten() for p in model.parameters()])
-            first = state.global_step % epochs == 0
-            if first:
-                names = "prompt_ids", "prompt_mask", "completion_ids", "completion_mask"
-                rows = {k: torch.cat([b[k] for b in trainer._buffered_inputs]) for k in names}
-                texts = trainer.processing_class.batch_decode(rows["completion_ids"],
-                                                              skip_special_tokens=True)
-                rollouts.append((rows, torch.tensor(points(texts)).view(-1, 4)))
-                groups = rows["prompt_ids"].unflatten(0, (-1, 4))
-                assert (groups.diff(dim=1) == 0).all()
-            rows, scores = rollouts[-1]
-            ids = torch.cat((rows["prompt_ids"], rows["completion_ids"]), 1)
-            mask, P = rows["completion_mask"], rows["prompt_ids"].shape[1]
-            logits = model(ids, attention_mask=torch.cat((rows["prompt_mask"], mask), 1)).logits
-            logp = logits[:, P - 1:-1].log_softmax(-1).gather(-1, ids[:, P:, None])[..., 0]
-            l = (logp * mask).sum(-1).view(-1, 4)
-            rows["old"] = l.detach() if first else rows["old"]
-            loss = tpo_loss(l, rows["old"], scores, anchor=0.25)
-            parts = torch.autograd.grad(loss, list(model.parameters()))
-            expected = torch.cat([g.flatten() for g in parts])
+            turn = range(state.global_step * accumulate, (state.global_step + 1) * accumulate)
+            if turn[0] % (slices * epochs) == 0:
+                rollout[:] = gather_object([[dict(part) for part in trainer._buffered_inputs]])
+                for rows in itertools.chain(*rollout):
+                    rows["old"] = totals(model, rows).detach()
+            loss = 0
+            for rows in (parts[i % slices] for parts in rollout for i in turn):
+                ids, mask = rows["completion_ids"], rows["completion_mask"]
+                stop = torch.isin(ids, torch.tensor([1, 5])) * mask
+                assert stop.sum(1).max() == 1 and (stop.cumsum(1) - stop)[mask == 1].max() == 0
+                assert (rows["prompt_ids"].unflatten(0, (-1, 4)).diff(dim=1) == 0).all()
+                texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+                scores = torch.tensor(points(texts)).view(-1, 4)
+                loss += tpo_loss(totals(model, rows), rows["old"], scores, anchor=anchor,
+                                 mask=~scores.isnan())
+            loss = loss / accumulate / len(rollout)
+            expected = torch.cat([grad(loss, p).flatten() for p in model.parameters()])
             errors.append(float((got - expected).norm() / expected.norm()))
 
     trainer.add_callback(Check())
     trainer.train()
-    print(f"TRL, {accumulate} micro-batches, {epochs} epochs: relative gradient errors {errors}")
-    assert len(errors) == 4 and len(rollouts) == (2 if epochs == 3 else 4)
-    assert max(errors) < 1e-3
+    print(f"TRL, {len(rollout)} processes, {accumulate} micro-batches, {epochs} epochs, anchor "
+          f"{anchor}: relative gradient errors {[float(f'{e:.1e}') for e in errors]}")
+    assert len(errors) == 4 and max(errors) < 1e-4
 
 
-@each("settings, words", [
-    (dict(per_device_train_batch_size=2, gradient_accumulation_steps=2), "splits groups"),
-    (dict(temperature=0.7), "temperature 0.7"), (dict(scale_rewards="batch"), "scale_rewards")])
-def test_trl_settings_that_split_groups_or_change_the_loss_are_refused(tmp_path, settings, words):
+def test_slow_trl_step_without_signal_moves_no_weight(tmp_path):
+    """Two steps fill AdamW's moments; then all rewards are equal, for two steps with decay."""
+    recipe("trl_tpo", "trl")
+    for anchor in (0.0, 0.25, 1.0):
+        weights = []
+
+        def reward(completions, **_):
+            weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+            return points(completions) if len(weights) == 1 else [0.1] * len(completions)
+
+        trainer = trl_run(tmp_path, 2, 2, anchor, reward, weight_decay=0.1, logging_steps=1)
+        trainer.train()
+        reward([])
+        assert not weights[0].equal(weights[1]) and weights[1].equal(weights[2]), anchor
+        kl = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        assert kl[0] > kl[1] > 0 == kl[2] == kl[3], kl
+
+
+def test_trl_settings_that_change_the_loss_or_the_sampling_are_refused(tmp_path):
     trl_tpo = recipe("trl_tpo", "trl")
-    with pytest.raises(ValueError, match=words):
-        trl_run(tmp_path, trl_tpo, 1, 1, **settings)
+    ours = trl_tpo.HARMLESS | set(trl_tpo.NEEDED)
+    assert not trl_tpo.UNKNOWN and ours <= {f.name for f in fields(trl_tpo.GRPOConfig)}
+    args = trl_tpo.GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    for name in sorted(ours):
+        changed = copy.copy(args)
+        changed.use_vllm, changed.vllm_importance_sampling_correction = "vllm" in name, False
+        trl_tpo.refuse(changed)
+        setattr(changed, name, 3)
+        changed.eval_strategy = "steps"
+        if name in trl_tpo.NEEDED or name.startswith("num_generations"):
+            with pytest.raises(ValueError, match=f"^{name} 3 |splits groups.*num_generations 3$"):
+                trl_tpo.refuse(changed)
+        else:
+            trl_tpo.refuse(changed)
+    for settings, words in ((dict(per_device_train_batch_size=2, gradient_accumulation_steps=2),
+                             "batch_size 2 splits groups"), (dict(temperature=0.7), "^temperature"),
+                            (dict(model_min_p=0.1), "generation_config.*MinP")):
+        with pytest.raises(ValueError, match=words):
+            trl_run(tmp_path, **settings)
+    with pytest.raises(ValueError, match="router_aux_loss_coef"):
+        trl_tpo.refuse_model(SimpleNamespace(aux_loss_enabled=True))
 
 
-def test_trl_advantage_form_has_the_gradient_of_tpo_loss():
-    """dr_grpo's first epoch, -A l_t summed over tokens / (rows * budget), in split groups."""
-    trl_tpo = recipe("trl_tpo", "trl")
-    logp, scores = torch.randn(8, 5, **F64).requires_grad_(), torch.rand(2, 4, **F64)
-    l = logp.sum(-1).view(2, 4)
-    A, total = trl_tpo.advantages(l.detach(), scores, 7, 0.5, 0.25), 0
-    for rows in torch.randperm(8).split(2):
-        ratio = (logp[rows] - logp[rows].detach()).exp()
-        total += grad(-(A[rows, None] * ratio).sum() / (2 * 7), logp) / 4
-    close(total, grad(tpo_loss(l, l.detach(), scores, 0.5, 0.25), logp))
+def test_trl_loss_replaced_by_a_library_is_told(tmp_path):
+    ours = recipe("trl_tpo", "trl").TargetPOTrainer
+    assert inspect.signature(ours).parameters["anchor"].default == 0
+    other = dict(compute_loss=lambda self, model, *_, **__: model.lm_head.weight.sum())
+    trainer = trl_run(tmp_path, cls=type("Other", (ours,), other))
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with pytest.raises(RuntimeError, match="compute_loss"):
+        trainer.train()
+    assert all(map(torch.equal, before, trainer.model.parameters()))
 
 
 # ---- the repository ------------------------------------------------------------------------------
