@@ -1091,9 +1091,9 @@ def test_both_epochs_have_the_exact_gradient_and_equal_completions_are_computed_
     assert len(plain) == 2 and not torch.equal(*plain)
 
 
-@each("algo", METHODS)
-def test_equal_scores_change_no_weight(algo):
-    t, weights, norms = tiny(f"--algo {algo} --epochs 2"), [], []
+@each("algo, anchor", [*((algo, 0.25) for algo in METHODS), ("tpo", 0), ("tpo", 1)])
+def test_equal_scores_change_no_weight(algo, anchor):
+    t, weights, norms = tiny(f"--algo {algo} --epochs 2 --anchor {anchor}"), [], []
     t.score = lambda *_: scores
     for scores in torch.eye(6, 4), torch.full((6, 4), 0.1 if METHODS[algo].rests else 1.0):
         norms.append(t.update()["grad_norm"])                 # the first fills AdamW's moments
