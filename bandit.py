@@ -39,17 +39,9 @@ import torch.nn.functional as F
 from baselines import grpo_loss
 from tpo import standardize, tpo_loss, tpo_target
 
-# The methods of each task, with final error, first step below 1% error (mnist: 5%) and misalignment
-# at step 112 at the default settings: by the paper's own code over 100 seeds (single, multi), as
-# printed in the paper over 20 (mnist).
-REFERENCE = {
-    "single": {"pg": (1.0e-3, 125, 0.034), "grpo": (2.7e-3, 104, 0.67), "dg": (5.3e-5, 97, 1.8e-4),
-               "tpo": (5.1e-5, 97, 2.3e-7)},     # 2.3e-7 is as small as fp32 can show; ours is fp64
-    "multi": {"ce": (3.4e-4, 679, None), "pg": (6.1e-3, 956, None), "grpo": (5.3e-4, 752, None),
-              "dg": (2.1e-3, 860, None), "tpo": (4.0e-4, 696, None)},
-    "mnist": {"ce": (None, None, None), "pg": (0.053, None, None), "grpo": (0.059, None, None),
-              "group_pg": (0.072, None, None), "dg": (None, 2200, None),
-              "tpo": (0.029, 1600, None)}}
+ALGOS = {"single": ("pg", "grpo", "dg", "tpo"),
+         "multi": ("ce", "pg", "grpo", "dg", "tpo"),
+         "mnist": ("ce", "pg", "grpo", "group_pg", "dg", "tpo")}
 EVERY = {"single": 1, "multi": 5, "mnist": 200}  # steps between two evaluation records
 BINS = (0, 0.25, 0.5, 0.75, 1)                   # of the wrong mass's concentration, Fig. 4(b)
 MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -105,7 +97,7 @@ def single(algo, seeds, steps, eta):
         g = single_gradient(algo, pi, a, (a == 0).double(), eta)
         oracle = pi[:, :1] * (e_y - pi)
         yield step, {"error": 1 - pi[:, 0], "misalignment": misalignment(g, oracle)}
-        logits += 0.1 * normalize(g)
+        logits += 0.1 * F.normalize(g)                                   # GRPO's g may be 0
 
 
 # ---- multi: exact gradients (Fig. 3) -------------------------------------------------------------
@@ -133,7 +125,7 @@ def multi(algo, seeds, steps, eta):
     for step in range(steps):
         v = e_y - pi
         g = beta(algo, pi[:, :1], eta) * v
-        logits += 0.1 * normalize(g.flatten(1)).view_as(g)       # one step for all contexts
+        logits += 0.1 * F.normalize(g.flatten(1)).view_as(g)     # one step for all contexts
         pi = logits.softmax(1)
         yield step, {"error": 1 - pi[:, 0].mean(-1),
                      "misalignment": misalignment(g.flatten(1), v.flatten(1))}
@@ -214,7 +206,7 @@ def forward(params, x):
 
 
 def mnist(algo, seeds, steps, eta, data, mechanism_at):
-    images, labels, *test = data
+    images, labels, test_images, test_labels = data
     rngs = streams(seeds)
     networks = [network(rng, images.shape[1]) for rng in rngs]
     params = [torch.stack(each).requires_grad_() for each in zip(*networks)]
@@ -234,23 +226,19 @@ def mnist(algo, seeds, steps, eta, data, mechanism_at):
             loss.backward()
             adam.step()
         step = done + n
-        metrics = evaluate(algo, params, *test, eta, step == mechanism_at)
+        with torch.no_grad():
+            logits = [forward(params, x.expand(seeds, -1, -1)) for x in test_images.split(1000)]
+        pi = torch.cat(logits, 1).double().softmax(-1)                    # (S, N, 10)
+        g, oracle = (mnist_update(name, pi, test_labels, eta).flatten(1) for name in (algo, "ce"))
+        metrics = {"error": (pi.argmax(-1) != test_labels).double().mean(-1),
+                   "misalignment": misalignment(g, oracle)}
+        if step == mechanism_at:
+            metrics["surplus"] = surplus(algo, pi, test_labels, eta)
         speed = step / (time.time() - start)
         print(f"mnist {algo:8s} step {step:6,d}/{steps:,d}   "
               f"test error {metrics['error'].mean():6.2%}   {speed * seeds:,.0f} seed-steps/s   "
               f"{(steps - step) / speed:4.0f} s left for {algo}", flush=True)
         yield step, metrics
-
-
-@torch.no_grad()
-def evaluate(algo, params, images, labels, eta, mechanism):
-    S = len(params[0])
-    logits = [forward(params, x.expand(S, -1, -1)) for x in images.split(1000)]
-    pi = torch.cat(logits, 1).double().softmax(-1)                        # (S, N, 10)
-    g, oracle = (mnist_update(name, pi, labels, eta).flatten(1) for name in (algo, "ce"))
-    metrics = {"error": (pi.argmax(-1) != labels).double().mean(-1),
-               "misalignment": misalignment(g, oracle)}
-    return metrics | ({"surplus": surplus(algo, pi, labels, eta)} if mechanism else {})
 
 
 def read_idx(folder, name, *shape):
@@ -287,11 +275,6 @@ def load_mnist(folder):
 
 def streams(seeds):
     return [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-
-
-def normalize(g):
-    norm = g.norm(dim=-1, keepdim=True)
-    return g / norm.clamp(min=1e-12)                 # GRPO's g is 0 once all 100 actions are right
 
 
 def misalignment(g, oracle):
@@ -337,40 +320,33 @@ def run(task, algo, cfg, data):
 
 
 def report(task, records, cfg):
-    """The task's table beside the reference, and what it says in a sentence."""
+    """The task's table, and what it says in a sentence."""
     of_kind = lambda kind: [r for r in records if r["kind"] == kind]
     evals, mechanism, results = map(of_kind, ("eval", "mechanism", "result"))
     goal = "5%" if task == "mnist" else "1%"
+    reached = lambda r: r[f"steps_to_{goal[0]}pct"]
     at = min(112, cfg.steps[task] - 1) if task == "single" else evals[-1]["step"]
-    print(f"\n{task}: seeds {cfg.seeds[task]}, steps {cfg.steps[task]}, eta {cfg.eta:g} "
-          f"(reference: {Config().seeds[task]}, {Config().steps[task]}, 1)")
-    below, angle = f"below {goal} at", f"1 - cos at {at}"
-    print(f"{'':9}{'final error ± s.e.':>20}{'reference':>11}{below:>14}{'reference':>11}"
-          f"{angle:>18}{'reference':>11}")
+    print(f"\n{task}: seeds {cfg.seeds[task]}, steps {cfg.steps[task]}, eta {cfg.eta:g}")
+    print(f"{'':9}{'final error +- s.e.':>20}{f'below {goal} at':>14}{f'1 - cos at {at}':>18}")
     angles = {r["algo"]: r["misalignment"] for r in evals if r["step"] == at}
-    when = []
     for r in results:
-        algo, step = r["algo"], r[f"steps_to_{goal[0]}pct"]
-        reached = "never" if step is None else f"at step {step}"
-        when.append((step is None, step, f"{algo} {reached}"))
-        final = cell(r["final_error"], r["final_error_se"])
-        error, first, misaligned = map(cell, REFERENCE[task][algo])
-        print(f"{algo:9}{final:>20}{error:>11}{cell(step):>14}{first:>11}"
-              f"{cell(angles[algo]):>18}{misaligned:>11}{r['seconds']:9.1f} s")
+        final, angle = cell(r["final_error"], r["final_error_se"]), cell(angles[r["algo"]])
+        print(f"{r['algo']:9}{final:>20}{reached(r) or '-':>14}{angle:>18}{r['seconds']:9.1f} s")
     if mechanism:                                    # ce, pg, grpo, group_pg: 0 up to rounding
         bins = [f"c in {low} to {high}" for low, high in zip(BINS, BINS[1:])]
-        print(f"{'surplus':9}" + "".join(f"{text:>20}" for text in bins) + "  (last, tpo: 0.073)")
+        print(f"{'surplus':9}" + "".join(f"{text:>20}" for text in bins))
     for r in mechanism:
         cells = map(cell, r["surplus"], r["surplus_se"])
         print(f"{r['algo']:9}" + "".join(f"{text:>20}" for text in cells))
-    when = [text for *_, text in sorted(when, key=lambda x: x[:2])]
+    when = [f"{r['algo']} at step {reached(r)}" if reached(r) else f"{r['algo']} never"
+            for r in sorted(results, key=lambda r: reached(r) or math.inf)]
     print(f"{task}: mean error below {goal}: {', '.join(when)}")
 
 
 def cell(x, se=None):
-    if x is None or isinstance(x, int):
-        return "-" if x is None else str(x)
-    return f"{x:.2g}" if se is None else f"{x:.2g} ± {se:.2g}"
+    if x is None:
+        return "-"
+    return f"{x:.2g}" if se is None else f"{x:.2g} +- {se:.2g}"
 
 
 # ---- files, flags and errors ---------------------------------------------------------------------
@@ -422,16 +398,16 @@ def parse(argv):
              + " ".join("--" + f.name for f in fields(Config)))
     for name in ("seeds", "steps"):
         if isinstance(getattr(given, name), int):
-            setattr(given, name, dict.fromkeys(REFERENCE, getattr(given, name)))
+            setattr(given, name, dict.fromkeys(ALGOS, getattr(given, name)))
     cfg = Config(**vars(given))
-    known = list(REFERENCE["mnist"])
-    tasks = list(REFERENCE) if cfg.task == "all" else cfg.task.split(",")
+    known = ALGOS["mnist"]
+    tasks = list(ALGOS) if cfg.task == "all" else cfg.task.split(",")
     algos = known if cfg.algo == "all" else cfg.algo.split(",")
-    runs = [(task, algo) for task in tasks for algo in REFERENCE.get(task, ()) if algo in algos]
-    in_tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in REFERENCE.items())
+    runs = [(task, algo) for task in tasks for algo in ALGOS.get(task, ()) if algo in algos]
+    in_tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in ALGOS.items())
     for name, fine, allowed in (
-            ("task", set(tasks) <= set(REFERENCE),
-             f"all, or a comma list of {', '.join(REFERENCE)}"),
+            ("task", set(tasks) <= set(ALGOS),
+             f"all, or a comma list of {', '.join(ALGOS)}"),
             ("algo", set(algos) <= set(known), f"all, or a comma list of {', '.join(known)}"),
             ("algo", runs, f"of --task {cfg.task} those named behind it in {in_tasks}"),
             ("seeds", cfg.seeds["mnist"] >= 1, "whole numbers from 1"),
