@@ -3,32 +3,28 @@
     python bandit.py                                    single and multi, 100 seeds: 10 s, one core
     python bandit.py --task mnist --algo tpo --seeds 2  a first look: 30 s, ends near 2.9% error
     python bandit.py --task mnist --mechanism           MNIST, 20 seeds, six methods: 15 min
-The last line to expect from the first command:
-    multi: mean error below 1%: ce at step 680, tpo at step 698, grpo at step 756, dg at step 867,
-    pg at step 968
+The first command ends with: multi: mean error below 1%: ce at step 680, tpo at step 698, grpo at
+step 756, dg at step 867, pg at step 968
 
 single  Fig. 2: one context, 100 arms, reward 1 for arm 0; a step on 100 sampled actions
 multi   Fig. 3: 100 contexts x 10 arms, exact population gradients, one global step
 mnist   Fig. 4: one sampled label per image, reward 1 if right; MLP 784-50-50-10, Adam
 error = 1 - pi(y), mnist: test error. misalignment = 1 - cos(g, the oracle's g) for the update g in
 logit space; the oracle is CE, in single pi(y) times CE. All S seeds run in one batch of tensors,
-each with a random stream of its own; B = batch of actions.
-The later losses of baselines.py run from seqtask.py and llm_rlvr.py: in single, on policy, with
-steps of unit length, all but oapl and kondo take GRPO's step; in multi they take PG's, CE's or
-GRPO's; an image of mnist has no group.
+each with a random stream of its own; B = batch of actions. The later losses of baselines.py, oapl
+and kondo excepted, take GRPO's step in single, and in multi PG's, CE's or GRPO's.
 """
 import argparse
 import gzip
-import http.client
 import json
 import math
 import os
+import signal
 import struct
 import sys
 import tempfile
 import time
 import urllib.request
-import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from runpy import run_path
@@ -43,7 +39,6 @@ ALGOS = {"single": ("pg", "grpo", "dg", "tpo"),
          "multi": ("ce", "pg", "grpo", "dg", "tpo"),
          "mnist": ("ce", "pg", "grpo", "group_pg", "dg", "tpo")}
 EVERY = {"single": 1, "multi": 5, "mnist": 200}  # steps between two evaluation records
-BINS = (0, 0.25, 0.5, 0.75, 1)                   # of the wrong mass's concentration, Fig. 4(b)
 MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
 
@@ -58,10 +53,10 @@ class Config:
     algo: str = flag("all", "comma list of ce, pg, grpo, group_pg, dg, tpo; a task runs its own")
     seeds: dict = flag({"single": 100, "multi": 100, "mnist": 20}, "seeds, run side by side")
     steps: dict = flag({"single": 150, "multi": 1000, "mnist": 10000}, "gradient steps")
-    eta: float = flag(1.0, "temperature of TPO's target and of DG's gate, above 0")
+    eta: float = flag(1.0, "temperature of TPO's target and of DG's gate")
     data: str = flag("data/mnist", "folder of MNIST's four .gz files, downloaded if missing")
     mechanism: bool = flag(False, "mnist: also measure Fig. 4(b), at step 2000 or the last before")
-    out: str = flag("", "write a JSON-lines log to this file")
+    out: str = flag("", "write a log to this file; results/bandit/paper.py reads it")
     plot: str = flag("", "draw the curves into this .png file (needs matplotlib)")
 
 
@@ -181,12 +176,9 @@ def surplus(algo, pi, y, eta):
     b = (mnist_update(algo, even, y, eta) * e_y).sum(-1) / (1 - p)        # the surrogate's beta
     gain = p * ((v * mnist_update(algo, pi, y, eta)).sum(-1) - b * v.square().sum(-1))
     c = (pi * (1 - e_y)).amax(-1) / (1 - p)                               # concentration, 1/9 to 1
-    wrong = pi.argmax(-1) != y
-    means = []
-    for low, high in zip(BINS, (*BINS[1:-1], 2)):                         # c = 1 is in the last bin
-        row = wrong & (low <= c) & (c < high)
-        means.append(gain.where(row, 0).sum(-1) / row.sum(-1))
-    return torch.stack(means, -1)
+    quarter, wrong = (4 * c).long().clamp(max=3), pi.argmax(-1) != y
+    rows = [wrong & (quarter == i) for i in range(4)]
+    return torch.stack([gain.where(row, 0).sum(-1) / row.sum(-1) for row in rows], -1)
 
 
 def network(rng, n_in):
@@ -205,13 +197,13 @@ def forward(params, x):
     return torch.baddbmm(b3, h, W3)
 
 
-def mnist(algo, seeds, steps, eta, data, mechanism_at):
+def mnist(algo, seeds, steps, eta, data, mechanism):
     images, labels, test_images, test_labels = data
     rngs = streams(seeds)
     networks = [network(rng, images.shape[1]) for rng in rngs]
     params = [torch.stack(each).requires_grad_() for each in zip(*networks)]
     adam = torch.optim.Adam(params, lr=1e-3, fused=True)         # elementwise: exact for each seed
-    start = time.time()
+    start = time.monotonic()
     for done in range(0, steps, EVERY["mnist"]):
         n = min(EVERY["mnist"], steps - done)
         index = torch.stack([torch.randint(len(labels), (n, 100), generator=rng)
@@ -232,9 +224,9 @@ def mnist(algo, seeds, steps, eta, data, mechanism_at):
         g, oracle = (mnist_update(name, pi, test_labels, eta).flatten(1) for name in (algo, "ce"))
         metrics = {"error": (pi.argmax(-1) != test_labels).double().mean(-1),
                    "misalignment": misalignment(g, oracle)}
-        if step == mechanism_at:
+        if mechanism and step == min(2000, steps):
             metrics["surplus"] = surplus(algo, pi, test_labels, eta)
-        speed = step / (time.time() - start)
+        speed = step / (time.monotonic() - start)
         print(f"mnist {algo:8s} step {step:6,d}/{steps:,d}   "
               f"test error {metrics['error'].mean():6.2%}   {speed * seeds:,.0f} seed-steps/s   "
               f"{(steps - step) / speed:4.0f} s left for {algo}", flush=True)
@@ -243,24 +235,20 @@ def mnist(algo, seeds, steps, eta, data, mechanism_at):
 
 def read_idx(folder, name, *shape):
     """uint8 of this shape from an IDX file: bytes 0, 0, 8 (uint8), ndim; big-endian sizes; data."""
-    path = Path(folder) / name
-    advice = f"get it by: curl --create-dirs -o {path} {MIRROR}{name}"
-    if not path.exists():
-        print(f"downloading {MIRROR}{name}", flush=True)
-        try:
+    path = Path(folder, name)
+    header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
+    try:
+        if not path.exists():
+            print(f"downloading {MIRROR}{name}", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             with urllib.request.urlopen(MIRROR + name, timeout=30) as response:
                 write(path, response.read())
-        except (OSError, http.client.HTTPException) as error:
-            problem = f"{path} is missing and its download failed ({error})"
-            fail(f"--data {folder}: {problem}; {advice}")
-    header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
-    try:
         raw = gzip.decompress(path.read_bytes())
         if raw[:len(header)] != header or len(raw) != len(header) + math.prod(shape):
             raise ValueError(f"not uint8 data of shape {shape}")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        fail(f"--data {folder}: {path} is damaged or another file ({error}); {advice}")
+    except Exception as error:                       # a damaged file raises one of many types
+        fail(f"--data {folder}: {path} is missing or damaged ({error}); "
+             f"get it by: curl --create-dirs -o {path} {MIRROR}{name}")
     return torch.frombuffer(bytearray(raw[len(header):]), dtype=torch.uint8).view(shape)
 
 
@@ -290,20 +278,17 @@ def mean_se(x):
 
 def run(task, algo, cfg, data):
     """All seeds of one method: its records, the result last."""
-    start, seeds, steps = time.time(), cfg.seeds[task], cfg.steps[task]
-    if task == "mnist":
-        mechanism_at = min(2000, steps) if cfg.mechanism else None
-        curve = mnist(algo, seeds, steps, cfg.eta, data, mechanism_at)
-    else:
-        curve = {"single": single, "multi": multi}[task](algo, seeds, steps, cfg.eta)
+    start, seeds, steps = time.monotonic(), cfg.seeds[task], cfg.steps[task]
+    more = (data, cfg.mechanism) if task == "mnist" else ()
+    method = {"single": single, "multi": multi, "mnist": mnist}[task]
     records, first, named = [], {}, {"task": task, "algo": algo}
-    for step, metrics in curve:
+    for step, metrics in method(algo, seeds, steps, cfg.eta, *more):
         error, error_se = mean_se(metrics["error"])
         angle, angle_se = mean_se(metrics["misalignment"])
         for bar in (0.01, 0.05):
             if error < bar:
                 first.setdefault(bar, step)
-        if task == "mnist" or step % EVERY[task] == 0 or step == steps - 1:
+        if step % EVERY[task] == 0 or step >= steps - 1:
             means = {"error": error, "error_se": error_se,
                      "misalignment": angle, "misalignment_se": angle_se}
             records.append({"kind": "eval", **named, "step": step, **means})
@@ -313,7 +298,7 @@ def run(task, algo, cfg, data):
             records.append({"kind": "mechanism", **named, "step": step, **gains})
     result = {"kind": "result", **named, "seeds": seeds, "final_error": error,
               "final_error_se": error_se, "steps_to_1pct": first.get(0.01),
-              "final_misalignment": angle, "seconds": round(time.time() - start, 2)}
+              "final_misalignment": angle, "seconds": round(time.monotonic() - start, 2)}
     if task == "mnist":
         result["steps_to_5pct"] = first.get(0.05)
     return [*records, result]
@@ -332,21 +317,17 @@ def report(task, records, cfg):
     for r in results:
         final, angle = cell(r["final_error"], r["final_error_se"]), cell(angles[r["algo"]])
         print(f"{r['algo']:9}{final:>20}{reached(r) or '-':>14}{angle:>18}{r['seconds']:9.1f} s")
-    if mechanism:                                    # ce, pg, grpo, group_pg: 0 up to rounding
-        bins = [f"c in {low} to {high}" for low, high in zip(BINS, BINS[1:])]
-        print(f"{'surplus':9}" + "".join(f"{text:>20}" for text in bins))
-    for r in mechanism:
+    for r in mechanism:                              # ce, pg, grpo, group_pg: 0 up to rounding
         cells = map(cell, r["surplus"], r["surplus_se"])
-        print(f"{r['algo']:9}" + "".join(f"{text:>20}" for text in cells))
+        print(f"{r['algo']:9}surplus, c to .25, .5, .75, 1: {', '.join(cells)}")
     when = [f"{r['algo']} at step {reached(r)}" if reached(r) else f"{r['algo']} never"
             for r in sorted(results, key=lambda r: reached(r) or math.inf)]
     print(f"{task}: mean error below {goal}: {', '.join(when)}")
 
 
 def cell(x, se=None):
-    if x is None:
-        return "-"
-    return f"{x:.2g}" if se is None else f"{x:.2g} +- {se:.2g}"
+    error = "" if se is None else f" +- {se:.2g}"
+    return "-" if x is None else f"{x:.2g}{error}"
 
 
 # ---- files, flags and errors ---------------------------------------------------------------------
@@ -357,37 +338,40 @@ def fail(message):
 
 
 def write(path, data):
-    """Beside the file, then renamed: path is never half-written."""
-    temporary = Path(f"{path}.part")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    """In a folder that no other process makes, then moved: path is never half-written."""
+    path = os.path.realpath(path)                    # of a link its target
+    try:
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+            Path(folder, "new").write_bytes(data)
+            os.replace(Path(folder, "new"), path)
+    except OSError as error:
+        fail(f"cannot write {path} ({error.strerror}); what stood there is intact")
 
 
 def writable(path):
-    try:
-        tempfile.TemporaryFile(dir=Path(path).parent).close()
-        return not Path(path).is_dir()
-    except OSError:
-        return False
+    """Whether path is a file, old or new, no folder or device, and its folder can be written to."""
+    folder = os.path.dirname(os.path.realpath(path))
+    return os.access(folder, os.W_OK) and (os.path.isfile(path) or not os.path.exists(path))
 
 
-def save(path, records):
-    try:
-        write(path, "".join(json.dumps(r) + "\n" for r in records).encode())
-    except OSError as error:
-        fail(f"--out {path}: cannot be written ({error.strerror}); what stood there is intact")
+def stamp(path):
+    """Of a file: each writing to it changes this."""
+    return os.path.exists(path) and (os.stat(path).st_ino, os.stat(path).st_mtime_ns)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
+def per_task(text):
+    """A whole number from 1, for every task."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: allowed are whole numbers from 1")
+    return dict.fromkeys(ALGOS, int(text))
 
 
 def parse(argv):
     """Config, and the (task, algorithm) pairs to run."""
-    parser = Parser(prog="bandit.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = fail
     for f in fields(Config):
-        kind = int if f.type is dict else f.type
+        kind = per_task if f.type is dict else f.type
         options = {"action": "store_true"} if kind is bool else {"type": kind}
         value = getattr(Config(), f.name)
         parser.add_argument("--" + f.name, default=value, **options,
@@ -396,54 +380,50 @@ def parse(argv):
     if unknown:
         fail(f"{unknown[0]} is not a flag; the flags are "
              + " ".join("--" + f.name for f in fields(Config)))
-    for name in ("seeds", "steps"):
-        if isinstance(getattr(given, name), int):
-            setattr(given, name, dict.fromkeys(ALGOS, getattr(given, name)))
     cfg = Config(**vars(given))
-    known = ALGOS["mnist"]
     tasks = list(ALGOS) if cfg.task == "all" else cfg.task.split(",")
-    algos = known if cfg.algo == "all" else cfg.algo.split(",")
+    algos = ALGOS["mnist"] if cfg.algo == "all" else cfg.algo.split(",")
     runs = [(task, algo) for task in tasks for algo in ALGOS.get(task, ()) if algo in algos]
-    in_tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in ALGOS.items())
+    of_tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in ALGOS.items())
     for name, fine, allowed in (
-            ("task", set(tasks) <= set(ALGOS),
-             f"all, or a comma list of {', '.join(ALGOS)}"),
-            ("algo", set(algos) <= set(known), f"all, or a comma list of {', '.join(known)}"),
-            ("algo", runs, f"of --task {cfg.task} those named behind it in {in_tasks}"),
-            ("seeds", cfg.seeds["mnist"] >= 1, "whole numbers from 1"),
-            ("steps", cfg.steps["mnist"] >= 1, "whole numbers from 1"),
-            ("eta", 0 < cfg.eta < math.inf, "finite numbers above 0"),
+            ("task", set(tasks) <= set(ALGOS), f"all, or a comma list of {', '.join(ALGOS)}"),
+            ("algo", runs and set(algos) <= set(ALGOS["mnist"]),
+             f"all, or a comma list with one of the task's among {of_tasks}"),
+            ("eta", 0.01 <= cfg.eta < math.inf, "finite numbers from 0.01"),    # exp(10 / 3 / eta)
             ("mechanism", not cfg.mechanism or "mnist" in tasks, "tasks with mnist among them"),
             ("out", not cfg.out or writable(cfg.out), "files in a folder you can write to"),
             ("plot", not cfg.plot or writable(cfg.plot) and cfg.plot.endswith(".png"),
              ".png files in such a folder")):
         if not fine:
-            value = getattr(cfg, name)
-            fail(f"--{name} {value['mnist'] if isinstance(value, dict) else value}: "
-                 f"allowed are {allowed}")
+            fail(f"--{name} {getattr(cfg, name)}: allowed are {allowed}")
     return cfg, runs
 
 
 def main(argv=None):
     cfg, runs = parse(argv)
-    plot = Path(__file__).parent / "results" / "plot.py"
-    draw = run_path(str(plot))["bandit"] if cfg.plot else None
-    with_mnist = "mnist" in (task for task, _ in runs)
-    if not with_mnist:
+    draw = cfg.plot and run_path(Path(__file__).parent / "results/plot.py")["bandit"]
+    if "mnist" not in dict(runs):
         print("not among these: MNIST (Fig. 4), python bandit.py --task mnist, 15 min on one core")
-    data = list(load_mnist(cfg.data)) if with_mnist else None
+    data = list(load_mnist(cfg.data)) if "mnist" in dict(runs) else None
     records, results = [{"kind": "config", **asdict(cfg)}], []
+    stood = stamp(cfg.out)
     for i, (task, algo) in enumerate(runs):
         *new, result = run(task, algo, cfg, data)
         records += new
         results.append(result)
         if cfg.out:                                  # a crash costs only the method under way
-            save(cfg.out, records + results)
-        if task not in (name for name, _ in runs[i + 1:]):
+            if stamp(cfg.out) != stood:
+                fail(f"--out {cfg.out}: another run has written there since this one began")
+            lines = [json.dumps(r) + "\n" for r in records + results]
+            write(cfg.out, "".join(lines).encode())
+            stood = stamp(cfg.out)
+        if task not in dict(runs[i + 1:]):
             report(task, [r for r in records[1:] + results if r["task"] == task], cfg)
     if draw:
         draw(records + results, cfg.plot)
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):                   # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)    # "| head" ends the run without a word
     main()
