@@ -176,7 +176,8 @@ def surplus(algo, pi, y, eta):
     b = (mnist_update(algo, even, y, eta) * e_y).sum(-1) / (1 - p)        # the surrogate's beta
     gain = p * ((v * mnist_update(algo, pi, y, eta)).sum(-1) - b * v.square().sum(-1))
     c = (pi * (1 - e_y)).amax(-1) / (1 - p)                               # concentration, 1/9 to 1
-    quarter, wrong = (4 * c).long().clamp(max=3), pi.argmax(-1) != y
+    quarter = (4 * c).long().clamp(max=3)
+    wrong = pi.argmax(-1) != y
     rows = [wrong & (quarter == i) for i in range(4)]
     return torch.stack([gain.where(row, 0).sum(-1) / row.sum(-1) for row in rows], -1)
 
