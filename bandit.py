@@ -389,7 +389,7 @@ def parse(argv):
     for name, fine, allowed in (
             ("task", set(tasks) <= set(ALGOS), f"all, or a comma list of {', '.join(ALGOS)}"),
             ("algo", runs and set(algos) <= set(ALGOS["mnist"]),
-             f"all, or a comma list with one of the task's among {of_tasks}"),
+             f"all, or a comma list with one of --task {cfg.task} among {of_tasks}"),
             ("eta", 0.01 <= cfg.eta < math.inf, "finite numbers from 0.01"),    # exp(10 / 3 / eta)
             ("mechanism", not cfg.mechanism or "mnist" in tasks, "tasks with mnist among them"),
             ("out", not cfg.out or writable(cfg.out), "files in a folder you can write to"),
