@@ -110,11 +110,10 @@ def test_gradient_is_p_minus_q_and_every_anchor_has_the_same_fixed_point(anchor)
     assert tpo_weights(fixed - 3, logp_old, scores, 0.7, anchor).abs().max() < 1e-16
 
 
-def test_defaults_are_the_paper():
-    logp, *known = group(3, 5)
-    close(tpo_target(*known), tpo_target(*known, 1.0, 1.0))
-    close(tpo_loss(logp, *known), tpo_loss(logp, *known, 1.0, 1.0))
-    close(tpo_weights(logp, *known), tpo_weights(logp, *known, 1.0, 1.0))
+@each("call", [tpo_target, tpo_loss, tpo_weights])
+def test_defaults_are_the_paper(call):
+    inputs = group(3, 5)[call is tpo_target:]
+    close(call(*inputs), call(*inputs, 1.0, 1.0))
 
 
 @each("scores, expected", table("""
@@ -124,6 +123,8 @@ def test_defaults_are_the_paper():
 [0.0, 0.0] | [0, 0]; [7.0] | [0]; [1e30, -1e30] | [1, -1]; [1e-30, 0.0] | [1, -1]
 [true, false] | [1, -1]
 [0, 0.001, 0, 0, 0] | [-0.5, 2, -0.5, -0.5, -0.5]
+[1e5, 100001, 1e5, 1e5, 1e5] | [-0.5, 2, -0.5, -0.5, -0.5]; [1e6, 1000001, 1e6] | [0, 0, 0]
+[-1e5, -99999, -1e5, -1e5, -1e5] | [-0.5, 2, -0.5, -0.5, -0.5]
 """))
 @each("dtype", [None, torch.float64])
 def test_standardize_tells_signal_from_noise(scores, expected, dtype):
@@ -132,19 +133,23 @@ def test_standardize_tells_signal_from_noise(scores, expected, dtype):
     assert u.allclose(expected) if expected.any() else torch.equal(u, expected)
 
 
-def test_group_of_equal_scores_rests_exactly():
-    logp_old, equal = torch.randn(2, 5), torch.full((2, 5), 0.1)
-    assert (tpo_weights(logp_old, logp_old, equal) == 0).all()
-    assert (tpo_weights(*[torch.randn(2, 1)] * 3) == 0).all()           # a lone candidate, too
+@each("anchor", [0.0, 0.1, 0.25, 0.5, 1.0])
+def test_group_of_equal_scores_rests_to_the_last_bit(anchor):
+    dtypes = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for eta, kind, other in itertools.product([0.3, 1], dtypes, dtypes):      # 10,240 groups
+        scores, logp = torch.rand(64, 1), -9 * torch.randn(64, torch.randint(1, 20, ())).exp()
+        scores, logp = scores.expand_as(logp).to(other), logp.to(kind)
+        for mask in None, torch.rand(logp.shape) < 0.7:
+            assert not tpo_weights(logp, logp.clone(), scores, eta, anchor, mask).any()
 
 
 @each("anchor", [0.0, 0.3, 1.0])
 def test_masked_candidates_might_as_well_not_exist(anchor):
-    logp, logp_old, scores = group(1, 6)
-    mask = torch.tensor([[True, False, True, True, False, True]])
+    logp, logp_old, scores = group(2, 6)
+    mask = torch.tensor([[True, False, True, True, False, True], [False] * 6])
     known = logp_old.masked_fill(~mask, math.nan), scores.masked_fill(~mask, math.inf), 0.7, anchor
     kept = tpo_weights(logp[mask], logp_old[mask], scores[mask], 0.7, anchor)
-    expected = torch.zeros(1, 6, **F64).masked_scatter(mask, kept)
+    expected = torch.zeros(2, 6, **F64).masked_scatter(mask, kept)
     close(tpo_weights(logp, *known, mask), expected)
     close(grad(tpo_loss(logp, *known, mask), logp), expected)
     assert (tpo_target(*known, mask)[~mask] == 0).all()
@@ -160,6 +165,8 @@ def test_extreme_old_log_probs_stay_finite(anchor, extreme):
     assert loss.isfinite() and grad(loss, logp).isfinite().all()
     close(tpo_target(logp_old, scores, anchor=anchor).sum(-1), torch.ones(3))
     assert tpo_loss(torch.tensor([[-math.inf, 0]]), *torch.zeros(2, 1, 2)) == 5e8   # -inf: -1e9
+    p = tpo_weights(torch.arange(4.0), torch.full((4,), -math.inf), torch.zeros(4)) + 0.25
+    close(p, torch.arange(4.0).softmax(-1))                   # such old ones do not drown the new
 
 
 @each("bad", [math.nan, math.inf, -math.inf])
@@ -178,11 +185,18 @@ def test_weights_give_the_gradient_in_any_micro_batches():
     close(sum(parts), grad(tpo_loss(*inputs), theta))
 
 
-@each("call, shapes", [(tpo_target, "43"), (tpo_weights, "434"), (tpo_weights, "344"),
-                       (standardize, "34")])
-def test_shape_errors_name_both_shapes(call, shapes):
-    with pytest.raises(ValueError, match=r"(?=.*\(2, 4\)).*\(2, 3\)"):
-        call(*(torch.zeros(2, int(K)) for K in shapes))
+def refused(call, shapes):
+    """With a ValueError that names the shapes."""
+    shapes = [tuple(map(int, shape)) for shape in shapes.split()]
+    with pytest.raises(ValueError) as error:
+        call(*map(torch.zeros, shapes))
+    assert all(str(shape) in str(error.value) for shape in shapes)
+
+
+@each("call, shapes", [(standardize, "23 24"), (standardize, "04"), (tpo_target, "24 23"),
+                       (tpo_weights, "24 23 24"), (tpo_weights, "23 24 24")])
+def test_shape_errors_name_the_shapes(call, shapes):
+    refused(call, shapes)
 
 
 def test_readme_shows_the_code_of_tpo_py():
@@ -197,11 +211,13 @@ LENGTHS = torch.tensor([[1, 4, 2, 5], [4, 2, 5, 3], [0, 5, 0, 1], [0, 0, 2, 0], 
 TOKENS = torch.arange(5) < LENGTHS[..., None]                 # (B, K, T)
 THERE = LENGTHS > 0                                           # (B, K); group 3: one, group 4: none
 SCORES = torch.tensor([[1, 0.2, 0, 0.7], [0.1] * 4, [9, 3, 2, 2], [0.5] * 4, [4, 3, 2, 1]], **F64)
-USUAL = dict(eta=1.0, anchor=1.0, length=1, b1=1.0, b2=1e-3, keep=0.03, cap=5.0)
-OTHER = dict(eta=0.7, anchor=0.4, length=7, b1=0.5, b2=0.2, keep=0.3, cap=1.3)
+USUAL = dict(eta=1.0, anchor=1.0, length=1, clip=0.2, beta=0.04, b1=1.0, b2=1e-3, keep=0.03,
+             cap=5.0, limit=8.0)
+OTHER = dict(eta=0.7, anchor=0.4, length=7, clip=0.1, beta=0.3, b1=0.5, b2=0.2, keep=0.3,
+             cap=1.3, limit=1.6)
 
 
-def clipped(delta, A, low=0.2, high=0.2):
+def clipped(delta, A, low, high):
     """The surrogate, summed: past the bound to which A leads, rho is a constant."""
     rho = delta.clamp(-20, 20).exp()
     stopped = (A > 0) & (rho > 1 + high) | (A < 0) & (rho < 1 - low)
@@ -213,9 +229,9 @@ def tpo_by_hand(s, z, anchor):
     return -(anchor + s.U / s.eta).softmax(-1)[s.i] * z.log_softmax(-1)[s.i]
 
 
-def grpo_by_hand(s, beta=0.04):
-    r = s.delta.clamp(-20, 20)
-    return beta * (torch.exp(-r) + r - 1) - clipped(r, s.u)
+def grpo_by_hand(s, delta, beta):
+    r = delta.clamp(-20, 20)
+    return beta * (torch.exp(-r) + r - 1).sum() - clipped(r, s.u, s.clip, s.clip)
 
 
 def rebel_by_hand(s):
@@ -223,35 +239,38 @@ def rebel_by_hand(s):
     return (gain[s.i] - gain[:s.i]).square().sum() / max(1, s.N * (s.N - 1) / 2)
 
 
-def cispo_by_hand(s):
-    rho = s.d.detach().clamp(-20, 20).exp().clamp(max=s.cap)
-    return -s.u * (rho * s.x).sum()
-
+rloo_by_hand = lambda s: -s.c * s.N / max(1, s.N - 1) * s.l
+weight = lambda delta, bound: delta.detach().clamp(-20, 20).exp().clamp(max=bound)
 
 # What the loss of a sample is divided by, and that loss. x, d, A (n,): its tokens' log-probs,
 # log-ratios and advantages over the batch. l, delta, r, c, u: its summed log-prob and log-ratio,
 # its score, centred and standardized in its group of N. L, O, R, U (N,): log-probs, old ones,
-# scores and standardized scores of that group, in which it has place i.
+# scores and standardized scores of that group, in which it has place i. P = softmax(L - O).
 BY_HAND = {
     "tpo": ("groups", lambda s: tpo_by_hand(s, s.L - (1 - s.anchor) * s.O, s.anchor * s.O)),
     "tpo_no_anchor": ("groups", lambda s: tpo_by_hand(s, s.L, 0)),
+    "lpo": ("groups", lambda s: tpo_by_hand(s, s.L - s.O, 0)),
+    "lpo_rev": ("groups", lambda s: (s.P * (s.P / (s.U / s.eta).softmax(-1)).log())[s.i]),
     "group_pg": ("groups", lambda s: -s.u * s.l),
-    "grpo": ("groups", grpo_by_hand),
-    "grpo_no_kl": ("groups", lambda s: grpo_by_hand(s, beta=0)),
-    "grpo_masked": ("mixed groups", lambda s: grpo_by_hand(s) * (s.u != 0)),
-    "rloo": ("groups * N", lambda s: -s.c * s.N / max(1, s.N - 1) * s.l),
+    "grpo": ("groups", lambda s: grpo_by_hand(s, s.delta, s.beta)),
+    "grpo_no_kl": ("groups", lambda s: grpo_by_hand(s, s.delta, 0)),
+    "grpo_masked": ("mixed groups", lambda s: grpo_by_hand(s, s.delta, s.beta) * (s.u != 0)),
+    "rloo": ("groups * N", rloo_by_hand),
+    "vcpo": ("groups * N", lambda s: weight(s.delta, s.limit) * rloo_by_hand(s)),
     "maxrl": ("groups * N", lambda s: -s.c / s.R.mean().clamp(min=1e-9) * s.l),
     "rebel": ("groups", rebel_by_hand),
     "oapl": ("groups * N", lambda s: (s.b2 * s.delta - s.r + s.b1
                                       * (s.R / s.b1).exp().mean().log()).square()),
     "pg": ("samples", lambda s: -(s.A * s.x).sum()),
-    "ppo": ("samples", lambda s: -clipped(s.d, s.A)),
+    "ppo": ("samples", lambda s: -clipped(s.d, s.A, s.clip, s.clip)),
     "dg": ("samples", lambda s: -(s.A * s.x / (1 + (s.A * s.x.detach() / s.eta).exp())).sum()),
     "kondo": ("samples", lambda s: -(s.A * s.x).sum() * s.best),
-    "dr_grpo": ("samples", lambda s: -clipped(s.d, s.c) / s.length),
+    "grpo_token_ratio": ("samples * n", lambda s: grpo_by_hand(s, s.d, s.beta)),
+    "dr_grpo": ("samples", lambda s: -clipped(s.d, s.c, s.clip, s.clip) / s.length),
     "dapo": ("tokens", lambda s: -clipped(s.d, s.u, 0.2, 0.28)),
     "gspo": ("samples", lambda s: -clipped(s.d.mean(), s.u, 3e-4, 4e-4)),
-    "cispo": ("tokens", cispo_by_hand)}
+    "cispo": ("tokens", lambda s: -s.u * (weight(s.d, s.cap) * s.x).sum())}
+BY_HAND["ddpg"] = BY_HAND["dg"]
 
 
 def by_hand(name, l, old, r, settings):
@@ -260,7 +279,7 @@ def by_hand(name, l, old, r, settings):
     r = r if r.ndim == 3 else r[..., None]
     A = (r - (r * reach).sum((0, 1)) / reach.sum((0, 1))) * TOKENS
     delight = -(A * l).sum(-1).detach()
-    bar = delight[THERE].topk(max(1, int(settings["keep"] * 20))).values[-1]
+    bar = delight[THERE].topk(max(1, int(settings["keep"] * 11))).values[-1]
     count, loss = BY_HAND[name]
     total = 0
     for b, k in THERE.nonzero().tolist():
@@ -271,10 +290,16 @@ def by_hand(name, l, old, r, settings):
         U = C / R.std(correction=0) if C.abs().max() > 1e-9 else 0 * C
         s = SimpleNamespace(**settings, x=l[b, k, n], d=(l - old)[b, k, n], A=A[b, k, n], l=L[i],
                             delta=(L - O)[i], r=R[i], c=C[i], u=U[i], L=L, O=O, R=R, U=U, N=N, i=i,
-                            best=delight[b, k] >= bar)
-        total = total + loss(s) / {"groups": 5, "groups * N": 5 * N, "mixed groups": 2,
-                                   "samples": THERE.sum(), "tokens": TOKENS.sum()}[count]
+                            P=(L - O).softmax(-1), best=delight[b, k] >= bar)
+        total = total + loss(s) / {"groups": 4, "groups * N": 4 * N, "mixed groups": 2,
+                                   "samples": 11, "samples * n": 11 * n.sum(), "tokens": 34}[count]
     return total
+
+
+def accepted(method):
+    """The settings that the loss takes, but for those that make it the method."""
+    fixed = getattr(method.loss, "keywords", {}).keys()
+    return OTHER.keys() & inspect.signature(method.loss).parameters.keys() - fixed
 
 
 @each("shift", [0, 1e-3, 0.3, 2])                             # on policy, then around the clips
@@ -282,8 +307,7 @@ def by_hand(name, l, old, r, settings):
 @each("name", METHODS)
 def test_losses_are_their_formulas_whatever_stands_behind_the_mask(name, settings, shift):
     method = METHODS[name]
-    accepted = inspect.signature(method.loss).parameters
-    given = {key: settings[key] for key in OTHER if settings is OTHER and key in accepted}
+    given = {key: settings[key] for key in accepted(method) if settings is OTHER}
     l, noise = torch.randn(2, 5, 4, 5, **F64)
     old = l - 1 - shift * noise
     if shift == 2:                                            # log-ratios are cut at -20 and 20
@@ -307,42 +331,45 @@ def test_losses_are_their_formulas_whatever_stands_behind_the_mask(name, setting
 @each("name", METHODS)
 def test_methods_are_what_their_table_says(name):
     method = METHODS[name]
-    loss, accepted = method.bind(**OTHER), inspect.signature(method.loss).parameters
-    assert set(method.takes) == {"eta", "anchor", "length"} & accepted.keys()
+    loss = method.bind(**OTHER)
+    assert set(method.takes) == {"eta", "anchor", "length", "clip", "beta"} & accepted(method)
     assert loss.keywords.items() >= {key: OTHER[key] for key in method.takes}.items()
-    logp = torch.randn((3, 4) if method.per == "group" else (3, 4, 5), **F64)
+    logp = torch.randn((3, 7) if method.per == "group" else (3, 7, 5), **F64)
     logp[0] -= 9                                              # of large delight: kondo keeps it
     old, other = logp.clone(), torch.randn_like(logp)
     logp.requires_grad_()
-    mixed = torch.tensor([[1.0] * 4, [0, 0, 0, 1], [0] * 4], **F64)
-    equal = torch.full((3, 4), 0.3, **F64)
+    mixed = torch.tensor([[1.0] * 7, [0] * 6 + [1], [0] * 7], **F64)
+    equal = torch.full((3, 7), 0.3, **F64)
     moves = lambda g: g.abs().max().item() > 1e-12
     first, later = (grad(loss(logp, l, mixed), logp) for l in (old, other))
     assert moves(first) and moves(first[0]) != method.rests
     assert moves(grad(loss(logp, other, equal), logp)) == method.pulls
-    reads_old = moves(later - first)
-    assert method.epochs == (4 if reads_old or name == "tpo_no_anchor" else 1)
+    if method.rests and name not in ("tpo", "lpo"):           # to the last bit, as tpo_weights does
+        assert not grad(loss(logp, old, equal), logp).any()
+    assert method.epochs == (4 if moves(later - first) or name == "tpo_no_anchor" else 1)
     one_each = grad(loss(logp[:, :1], old[:, :1], mixed[:, :1]), logp)
     assert moves(one_each) == (method.per == "sample")
+    nothing = loss(logp, other, mixed, mask=torch.zeros_like(logp, dtype=torch.bool))
+    assert nothing == 0 and not grad(nothing, logp).any()
+    inputs = [x.float() for x in (logp, other, mixed)]
+    if name != "maxrl":                                       # no digits lost in an offset
+        close(loss(*inputs[:2], inputs[2] + 1e5), loss(*inputs), rtol=1e-5, atol=1e-6)
 
 
 def test_docstring_of_baselines_lists_the_methods():
-    lines = baselines.__doc__[baselines.__doc__.index("\nname  "):]
+    lines = baselines.__doc__[baselines.__doc__.index("\nname  "):].split("\n\n")[0]
     assert re.findall(r"^(\w+) ", lines, re.MULTILINE)[1:] == list(METHODS)
 
 
 @each("method", METHODS.values(), ids=METHODS)
-def test_shapes_that_broadcasting_would_hide_are_refused(method):
-    wrong = ["24 21 24", "24 24 21", "24 24 4", "21 24 24"]   # of logp, logp_old, scores
+def test_shapes_that_broadcasting_would_hide_are_refused(method):   # logp, logp_old, scores
+    wrong = ["24 21 24", "24 24 21", "24 24 4", "21 24 24", "04 04 04", "20 20 20"]
     if method.per != "group":
         wrong += ["234 234 231", "234 234 24", "234 234 2341", "234 234 34"]
     if method.per == "token":                                 # a completion is scored as a whole
         wrong += ["234 234 234"]
     for shapes in wrong:
-        shapes = [tuple(map(int, shape)) for shape in shapes.split()]
-        with pytest.raises(ValueError) as error:
-            method.loss(*map(torch.zeros, shapes))
-        assert all(str(shape) in str(error.value) for shape in shapes)
+        refused(method.bind(), shapes)
     with pytest.raises(ValueError, match=r"\(2, 4.*\(2, 3"):
         method.loss(*[torch.zeros(2, 4)] * 3, mask=torch.ones(2, 3, dtype=torch.bool))
 
