@@ -27,8 +27,11 @@ fsdp      not run. {"trainer.placement.policy_num_gpus_per_node": 8,
           "generator.inference_engine.num_engines": 8,
           "trainer.policy.optimizer_config.weight_decay": 0}
 megatron  not run. The same, and "trainer.policy.megatron_config.tensor_model_parallel_size": 8.
-By their source these two (Ray, vLLM, CUDA) add up, so both ways are right, but they fix betas and
-eps at the start: --check cannot judge them. Thinking Machines' own service was not tried.
+By their source these two (Ray, vLLM, CUDA) add up, so both ways are right, if their temperature,
+entropy and KL stay as they are; but they fix betas and eps at the start: --check cannot judge them.
+Thinking Machines' own service was not tried. SkyRL's own trainer hands an estimator no log-probs:
+anchor 0 and one epoch, with verl_tpo.py's advantages in AdvantageEstimatorRegistry.register("tpo",
+f) of skyrl.backends.skyrl_train.utils.ppo_utils and loss_reduction "seq_mean_token_sum_norm".
 """
 import argparse
 import os
@@ -139,7 +142,7 @@ def check(training, rows, loss_fn):
 
 def read_flags(argv):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    parser.error, add = sys.exit, parser.add_argument                     # one line, without usage
     add("--url", default="http://127.0.0.1:8000", help="the server")
     add("--model", help="as the server calls it; without it, the server's first")
     add("--rank", type=int, default=32, help="of LoRA, at most the server's max_lora_rank")
