@@ -29,7 +29,7 @@ from text_tasks import make_task
 # --------------------------------------------------------------------------------------- settings
 def again(name, default):
     """A flag of llm_rlvr.py with another default."""
-    return flag(default, llm_rlvr.Config.__dataclass_fields__[name].metadata["help"])
+    return flag(default, **llm_rlvr.Config.__dataclass_fields__[name].metadata)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Config(llm_rlvr.Config):
     steps: int = again("steps", 100)
     prompts: int = again("prompts", 16)                 # and the learning rate: the paper's
     epochs: int = again("epochs", 1)
-    lr: float = again("lr", 1e-5)
+    lr: float = flag(1e-5, "AdamW learning rate: rises over 30 updates, then falls to 0", 1e-12, 1)
     anchor: float = again("anchor", 0.0)                # results/long/README.md says why
     eval_every: int = again("eval_every", 10)
     eval_puzzles: int = again("eval_puzzles", 64)
@@ -108,9 +108,10 @@ def as_gpt(library):
         model = GPT(ModelConfig(
             c.vocab_size, c.hidden_size, c.num_hidden_layers, c.num_attention_heads,
             c.num_key_value_heads, library.model.layers[0].self_attn.head_dim, c.intermediate_size,
-            qkv_bias=attention + "q_proj.bias" in weights,
-            qk_norm=attention + "q_norm.weight" in weights,
-            tied=c.tie_word_embeddings, eps=c.rms_norm_eps))
+            qkv_bias=attention + "q_proj.bias" in weights, eps=c.rms_norm_eps))
+        if attention + "q_norm.weight" not in weights:          # only Qwen3 has them
+            for block in model.model["layers"]:
+                block.self_attn.q_norm = block.self_attn.k_norm = nn.Identity()
     model.load_state_dict(weights, assign=True)
     if c.tie_word_embeddings:
         model.lm_head.weight = model.model["embed_tokens"].weight
@@ -197,6 +198,9 @@ class Pretrained(llm_rlvr.Trainer):
             cuda = self.device.type == "cuda"
             add_lora(model, self.c.lora_rank, torch.bfloat16 if cuda else torch.float32)
         return Vocabulary(library, tokenizer), model
+
+    def make_optimizers(self):
+        return [(torch.optim.AdamW(self.trained, **llm_rlvr.ADAMW), 1.0)]
 
     def run(self, folder, stop=()):
         records = super().run(folder, stop)

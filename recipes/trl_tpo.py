@@ -1,116 +1,179 @@
-"""TPO in TRL 1.16: TPOTrainer is used as GRPOTrainer is, with the same GRPOConfig.
+"""TPO in TRL 1.16: TargetPOTrainer is used as GRPOTrainer is, with the same GRPOConfig.
 
-    pip install trl==1.16
+    pip install trl==1.16.0
 
-    from trl_tpo import TPOTrainer
+    from trl_tpo import TargetPOTrainer
     args = GRPOConfig(num_generations=16, per_device_train_batch_size=16, num_iterations=2,
-                      max_completion_length=64)
-    TPOTrainer(model, reward_funcs=reward, train_dataset=dataset, args=args,
-               eta=1.0, anchor=0.25).train()
+                      max_completion_length=256)
+    TargetPOTrainer(model, reward_funcs=reward, train_dataset=dataset, args=args,
+                    eta=1.0, anchor=0.0).train()                        # or under torchrun
 
-TRL shuffles the rows of a rollout before it slices them into micro-batches, which tears groups
-apart; this trainer puts them back in order, so that each micro-batch holds whole groups, for any
-number of epochs (num_iterations) and steps per rollout. What would split a group or change the
-loss is refused in one line: see refuse(). q depends on the rollout alone (old log-probs, scores),
-so it is the same on every epoch. Scores are TRL's advantages, the group's z-scores: standardizing
-them again gives u. eta and anchor as in tpo.py; anchor = 1, the paper, suits short completions.
-
-Where groups must be split (micro-batches smaller than K), use the advantage form: advantages(...)
-in place of TRL's, with GRPOConfig(loss_type="dr_grpo", beta=0): the same gradient under any
-micro-batching, on the first epoch only.
+TRL's own "tpo" is another method, Triple Preference Optimization. eta and anchor as in tpo.py. The
+logged loss is KL(q || p), 0 once the policy matches the target; its gradient is tpo_loss's, for any
+number of epochs (num_iterations), steps per rollout, micro-batches of whole groups, and processes.
+- Scores are the rewards themselves (reward_weights applied), not TRL's advantages, whose
+  sigma + 1e-4 makes a signal of rounding. A candidate that every reward function returns None for
+  is left out of its group.
+- TRL shuffles a rollout's rows before it slices them, which tears groups apart: not here.
+- Only tokens that the model wrote count: its end token, not padding nor what a tool answered.
+- A group with equal scores has exactly zero weight until the policy moves. A step whose gradient is
+  exactly zero is not taken: AdamW's moments and weight decay would move weights without a signal.
+- Whatever else would change GRPO's loss, the sampling or the rows is refused in one line, and so is
+  a library that replaces compute_loss, as Unsloth does. use_vllm is allowed (it was not run) with
+  vllm_importance_sampling_correction=False.
+Run with TRL 1.16.0 and 1.14.2, in two processes with DDP too (checked.txt); 1.15.0 wants Triton
+where there is no GPU, older ones are refused. FSDP, images and DeepSpeed, which takes its own
+steps, were not run.
 """
+import inspect
 import sys
+from dataclasses import fields
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tpo import tpo_loss, tpo_weights
+from tpo import standardize, tpo_loss, tpo_weights
 
 try:
-    from trl import GRPOTrainer
-    from trl.trainer.utils import split_tensor_dict
+    from transformers import TrainerCallback, TrainingArguments
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer import grpo_trainer
 except ImportError as error:
-    sys.exit(f"recipes/trl_tpo.py needs trl: pip install trl==1.16 ({error})")
+    sys.exit(f"recipes/trl_tpo.py needs trl: pip install trl==1.16.0 ({error})")
 
-
-def advantages(logp_old, scores, max_completion_length, eta=1.0, anchor=1.0):
-    """(B, K) -> (B * K,) for loss_type "dr_grpo".
-
-    That loss divides by rows * max_completion_length, TPO by B; this undoes it.
-    """
-    w = tpo_weights(logp_old, logp_old, scores, eta, anchor)
-    return -w.flatten() * w.numel() * max_completion_length
-
-
-NEEDED = dict(beta=0.0, use_vllm=False, scale_rewards="group", top_entropy_quantile=1.0,
-              temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0,
-              mask_truncated_completions=False, use_liger_kernel=False)
+# GRPOConfig's own fields are all in one of two lists; the last three come from TrainingArguments
+NEEDED = dict(
+    temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0,
+    generation_kwargs=None, vllm_structured_outputs_regex=None,
+    loss_type="dapo", beta=0.0, epsilon=0.2, epsilon_high=None, delta=None, sync_ref_model=False,
+    importance_sampling_level="token", off_policy_mask_threshold=None, top_entropy_quantile=1.0,
+    entropy_coef=0.0, use_adaptive_entropy=False, mask_truncated_completions=False,
+    scale_rewards="group", multi_objective_aggregation="sum_then_normalize",
+    vllm_importance_sampling_correction=False,                             # with use_vllm only
+    use_liger_kernel=False, neftune_noise_alpha=None, label_smoothing_factor=0.0)
+HARMLESS = set("""
+    model_init_kwargs trust_remote_code disable_dropout cast_lm_head_to_fp32 num_generations
+    num_generations_eval max_completion_length ds3_gather_for_generation shuffle_dataset
+    pad_to_multiple_of generation_batch_size steps_per_generation chat_template_kwargs
+    cache_implementation num_iterations reward_weights max_tool_calling_iterations
+    use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url vllm_server_host
+    vllm_server_port vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization
+    vllm_max_model_length vllm_tensor_parallel_size use_transformers_continuous_batching
+    transformers_continuous_batching_config use_transformers_paged
+    log_completions log_multimodal num_completions_to_print log_unique_prompts
+    log_completions_hub_repo
+    router_aux_loss_coef""".split())                     # see refuse_model
+HARMLESS |= set("""
+    sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg
+    vespo_lambda_neg ref_model_mixup_alpha ref_model_sync_steps use_bias_correction_kl
+    entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target
+    vllm_importance_sampling_mode vllm_importance_sampling_clip_max
+    vllm_importance_sampling_clip_min vllm_importance_sampling_cap
+    """.split())                                                # read only with what is refused
+UNKNOWN = ({f.name for f in fields(GRPOConfig)} - {f.name for f in fields(TrainingArguments)}
+           - HARMLESS - set(NEEDED))                            # a newer TRL's: as it comes, or not
 
 
 def refuse(args):
-    """One line for each setting under which the loss would not be TPO's."""
-    rows, K = args.per_device_train_batch_size, args.num_generations
-    if rows % K:
-        raise ValueError(f"per_device_train_batch_size {rows} splits groups: it must be a "
-                         f"multiple of num_generations {K}; or use the advantage form")
-    for name, needed in NEEDED.items():
+    """ValueError for a setting under which the loss, the sampling or the rows were not TPO's."""
+    for rows, K in (("per_device_train_batch_size", args.num_generations),
+                    ("per_device_eval_batch_size", args.num_generations_eval
+                     or args.num_generations)):
+        evaluates = args.eval_strategy != "no" or "train" in rows
+        if evaluates and getattr(args, rows) % K:
+            raise ValueError(f"{rows} {getattr(args, rows)} splits groups: it must be a multiple "
+                             f"of num_generations {K}")
+    for name, needed in (NEEDED | {n: getattr(GRPOConfig, n, None) for n in UNKNOWN}).items():
         value = getattr(args, name)
-        if value != needed:
-            raise ValueError(f"{name} {value!r} changes the loss or the sampling: "
-                             f"TPO needs {needed!r}")
+        if value != needed and (args.use_vllm or not name.startswith("vllm")):
+            raise ValueError(f"{name} {value!r} changes GRPO's loss, its sampling or its rows in "
+                             f"a way that TPO does not have: leave it at {needed!r}")
 
 
-class TPOTrainer(GRPOTrainer):
-    """tpo_loss: mean over the prompts of a micro-batch, then over the accumulation steps."""
+def refuse_model(trainer):
+    """ValueError for what the model itself brings along."""
+    if getattr(trainer, "aux_loss_enabled", False):
+        raise ValueError("router_aux_loss_coef adds a loss that TPO does not have: set it to 0.0")
+    if not hasattr(trainer, "eos_token_ids"):
+        raise ValueError("before 1.14.2 TRL ends a row only at the tokenizer's eos_token_id, where "
+                         "generation may stop at several: pip install trl==1.16.0")
+    if trainer.use_vllm:
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    config, _ = model._prepare_generation_config(trainer.generation_config)
+    for changed in model._get_logits_processor(config, input_ids_seq_length=1):
+        raise ValueError(f"the model's generation_config changes the sampling "
+                         f"({type(changed).__name__}): unset that field of it")
 
-    def __init__(self, *args, eta=1.0, anchor=1.0, **kwargs):
+
+class SkipStepsWithoutGradient(TrainerCallback):
+    """An optimizer leaves alone, moments and weight decay included, what has no gradient at all."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not any(p.grad.any() for p in model.parameters() if p.grad is not None):
+            model.zero_grad(set_to_none=True)
+
+
+class TargetPOTrainer(GRPOTrainer):
+    """tpo_loss: mean over the prompts of a micro-batch, then over micro-batches and processes."""
+
+    def __init__(self, *args, eta=1.0, anchor=0.0, **kwargs):
         super().__init__(*args, **kwargs)
         refuse(self.args)
+        refuse_model(self)
         self.eta, self.anchor = eta, anchor
+        self.add_callback(SkipStepsWithoutGradient())
+
+    def _calculate_rewards(self, *args):
+        rewards = super()._calculate_rewards(*args)          # (rows of all processes, functions)
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        self.scores = total.masked_fill(rewards.isnan().all(1), torch.nan)
+        return rewards
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
         rows = len(batch["advantages"])
-        batch["row"] = torch.arange(rows, device=batch["advantages"].device)
-        if self.model.training and "old_per_token_logps" not in batch:
-            # the policy that sampled, before any step, for every epoch
-            with torch.no_grad():
-                at_once = self.args.per_device_train_batch_size
-                batch["old_per_token_logps"] = self.token_logp(self.model, batch, at_once)
+        batch["scores"] = self.scores.split(rows)[self.accelerator.process_index]
         return batch
 
-    def token_logp(self, model, batch, at_once=None):
-        """Log-probs (rows, T) of the completions, after their prompts (rows, P)."""
-        ids, mask = (torch.cat((batch["prompt_" + x], batch["completion_" + x]), 1)
-                     for x in ("ids", "mask"))                             # (rows, P + T)
-        T = batch["completion_ids"].size(1)
-        return self._get_per_token_logps_and_entropies(model, ids, mask, T, at_once)[0]
-
     def _prepare_inputs(self, generation_batch):
-        every = self.args.steps_per_generation * self.num_iterations
-        fresh = self._step % every == 0 or self._buffered_inputs is None
-        inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and fresh:                      # undo the shuffle, slice again
-            slices = self._buffered_inputs
-            together = {k: v if v.ndim == 0 else torch.cat([part[k] for part in slices])
-                        for k, v in inputs.items() if v is not None}
-            order = together["row"].argsort()
-            together = {k: v if v.ndim == 0 else v[order] for k, v in together.items()}
-            slices = split_tensor_dict(together, self.args.steps_per_generation)
-            self._buffered_inputs = slices
-            inputs = slices[self._step % self.args.steps_per_generation]
-        return inputs
+        with patch.object(grpo_trainer, "shuffle_sequence_dict", lambda rows: rows):
+            return super()._prepare_inputs(generation_batch)
+
+    def training_step(self, *args):
+        self.ours = False
+        loss = super().training_step(*args)
+        if not self.ours:
+            raise RuntimeError("something replaced GRPOTrainer.compute_loss or _compute_loss, as "
+                               "Unsloth does: the loss is not TPO's, and no step was taken with it")
+        return loss
 
     def _compute_loss(self, model, inputs):
-        real = inputs["completion_mask"].bool()         # (rows, T): end token in, padding out
-        logp = self.token_logp(model, inputs)
-        old = inputs.get("old_per_token_logps", logp.detach())    # evaluation: loss at p = p_old
-        training = self.model.training
+        self.ours = True
+        training, steps = self.model.training, self.current_gradient_accumulation_steps
         K = self.num_generations if training else self.num_generations_eval
-        logp, old = (x.float().masked_fill(~real, 0).sum(-1).view(-1, K) for x in (logp, old))
-        scores = inputs["advantages"].view(-1, K)
-        # float noise over TRL's sigma + 1e-4 is less than 1e-2
-        scores = scores * (scores.abs().amax(-1, keepdim=True) > 1e-2)
-        loss = tpo_loss(logp, old, scores, self.eta, self.anchor)
-        return loss / (self.current_gradient_accumulation_steps if training else 1)
+        logp = self.token_logp(model, inputs)                                      # (rows, T)
+        if self.args.gradient_accumulation_steps % self.args.steps_per_generation == 0:
+            # no step within a rollout's first pass: that pass is p_old, to the last bit in bf16 too
+            old = inputs.setdefault("first_logp", logp.detach())
+        else:
+            old = inputs["old_per_token_logps"]                 # TRL's, before any step
+        written = inputs["completion_mask"] * inputs.get("tool_mask", 1) > 0       # (rows, T)
+        l, l_old = (x.float().masked_fill(~written, 0).sum(-1).view(-1, K) for x in (logp, old))
+        scores = inputs["scores"].view(-1, K)                                      # (B, K)
+        group = l_old, scores, self.eta, self.anchor, ~scores.isnan()
+        loss = (tpo_weights(l, *group) * l).sum()
+        with torch.no_grad():                                   # the value: tpo_loss over its floor
+            matched = l_old + standardize(scores, group[-1]) / self.eta
+            kl = tpo_loss(l, *group) - tpo_loss(matched, *group)
+        return (loss - loss.detach() + kl) / (steps if training else 1)
+
+    def token_logp(self, model, inputs):
+        """Log-probs (rows, T) of the completions, after their prompts (rows, P)."""
+        ids, mask = (torch.cat((inputs["prompt_" + x], inputs["completion_" + x]), 1)
+                     for x in ("ids", "mask"))                                     # (rows, P + T)
+        logps = self._get_per_token_logps_and_entropies
+        images = {k: v for k, v in inputs.items() if k in inspect.signature(logps).parameters}
+        return logps(model, ids, mask, inputs["completion_ids"].size(1), **images)[0]

@@ -9,15 +9,31 @@
         actor_rollout_ref.actor.ppo_epochs=1 actor_rollout_ref.rollout.n=16 \\
         data.train_batch_size=16 actor_rollout_ref.actor.ppo_mini_batch_size=16
 
-dL/dl = p - q, and (w * l).sum() with w = tpo_weights has tpo_loss's gradient. verl hands an
-estimator the rewards and the prompt (uid) of every row, but no old log-probs, so only anchor = 0
-can be computed: on the first epoch p = 1/K whatever they are. Hence one epoch (ppo_epochs 1) and
-one mini-batch (ppo_mini_batch_size = train_batch_size); a second would find p != p_old and need
-another w. gpg is -A log pi without ratio or clip; seq-mean-token-sum adds tokens, then divides by
-the number of sequences, so an advantage of -w * rows gives the mean over prompts, in any
-micro-batches. Sample at temperature 1 without top-k/top-p. eta is fixed at 1: verl passes an
-estimator no setting of ours.
+`+algorithm.tpo_eta=0.5` sets eta (default 1). The anchor (default 0) needs the old log-probs, and
+verl 0.9.1 hands them to one estimator only, the one named gdpo. So this file takes that name too
+(verl's own GDPO is then gone), for `algorithm.adv_estimator=gdpo +algorithm.tpo_anchor=0.25`.
+
+dL/dl = p - q, and (w * l).sum() with w = tpo_weights has tpo_loss's gradient, here at l = l_old:
+one epoch (ppo_epochs 1) and one mini-batch (ppo_mini_batch_size = train_batch_size), as a second
+would need another w. gpg is -A log pi without ratio or clip; seq-mean-token-sum adds tokens, then
+divides by the number of sequences, so an advantage of -w * sequences / prompts gives the mean over
+prompts, in any micro-batches. Sample at temperature 1 without top-k/top-p, and leave
+algorithm.rollout_correction off. A group with equal scores has exactly zero advantage.
+
+SkyRL's own trainer (skyrl 0.3.0) takes the same function, at anchor 0 and with eta 1:
+
+    from skyrl.backends.skyrl_train.utils.ppo_utils import AdvantageEstimatorRegistry
+    from verl_tpo import tpo_advantage                       # verl need not be installed
+    AdvantageEstimatorRegistry.register("tpo", lambda token_level_rewards, response_mask, index,
+        **_: tpo_advantage(token_level_rewards, response_mask, index))
+    # trainer.algorithm.advantage_estimator=tpo trainer.algorithm.policy_loss_type=regular
+    # trainer.algorithm.loss_reduction=seq_mean_token_sum_norm trainer.algorithm.max_seq_len=1
+    # trainer.algorithm.use_kl_loss=false trainer.algorithm.use_kl_in_reward=false
+    # trainer.update_epochs_per_batch=1 trainer.policy_mini_batch_size=<trainer.train_batch_size>
+
+That reduction divides a sum over tokens by sequences * max_seq_len: 1 makes it the mean.
 """
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -26,27 +42,34 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tpo import tpo_weights
 
-try:
-    from verl.trainer.ppo.core_algos import register_adv_est
-except ImportError as error:
-    sys.exit(f"recipes/verl_tpo.py needs verl: pip install verl==0.9.1 ({error})")
 
-
-@register_adv_est("tpo")
 @torch.no_grad()
-def tpo_advantage(token_level_rewards, response_mask, index, config=None, **kwargs):
+def tpo_advantage(token_level_rewards, response_mask, index, config=None, batch=None, **kwargs):
     """rewards, mask (rows, T), index: uid of each row's prompt -> advantages, returns (rows, T).
 
-    Groups may have any size.
+    Groups may have any size, their rows any order. batch["old_log_probs"] (rows, T) where the
+    trainer hands it over; ValueError if the anchor needs it and it is not there.
     """
-    scores, advantages = token_level_rewards.sum(-1), torch.empty(len(index))     # (rows,)
+    eta, anchor = ((config or {}).get(*given) for given in (("tpo_eta", 1.0), ("tpo_anchor", 0.0)))
+    mask = response_mask.bool()
+    scores, logp_old = token_level_rewards.sum(-1), torch.zeros(len(index))          # (rows,)
+    if batch is not None:
+        logp_old = batch["old_log_probs"].float().masked_fill(~mask, 0).sum(-1)
+    elif anchor != 0:
+        raise ValueError(f"tpo_anchor {anchor} needs the old log-probs, which verl hands only to "
+                         "the estimator named gdpo: set algorithm.adv_estimator=gdpo")
     groups = {}
-    for row, uid in enumerate(index):
-        groups.setdefault(uid, []).append(row)
+    for row in mask.any(-1).nonzero().flatten().tolist():        # a row without a token is padding
+        groups.setdefault(index[row], []).append(row)
+    advantages = torch.zeros_like(scores)
     for rows in groups.values():
-        r = scores[rows]                                                           # (K,)
-        start = torch.zeros_like(r)
-        advantages[rows] = -tpo_weights(start, start, r, anchor=0.0).float().cpu()
-    advantages *= len(index) / len(groups)                     # a mean over rows -> over prompts
-    advantages = advantages.to(scores.device)[:, None] * response_mask
+        l = logp_old[rows].to(scores)                                                # (K,)
+        advantages[rows] = -tpo_weights(l, l, scores[rows], eta, anchor)
+    advantages *= mask.any(-1).sum() / len(groups)              # a mean over rows -> over prompts
+    advantages = advantages[:, None] * response_mask
     return advantages, advantages
+
+
+if importlib.util.find_spec("verl"):
+    from verl.trainer.ppo import core_algos
+    core_algos.ADV_ESTIMATOR_REGISTRY |= {"tpo": tpo_advantage, "gdpo": tpo_advantage}

@@ -42,7 +42,7 @@ def run(phase, task, setting, seed):
                f"--eval-set {EVAL_SETS[phase]} --out {out} " + " ".join("--" + f for f in flags))
     subprocess.run([sys.executable, *command.split()[1:]], cwd=ROOT, check=True,
                    stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    log = read(ROOT / out / "log.jsonl")
+    log = read(ROOT / out / f"{task}-{name}-{seed}" / "log.jsonl")
     curve = [{k: r[k] for k in KEPT if k in r} for r in log if r["kind"] == "eval"]
     result = dict(log[-1], algo=setting.split(":lr=")[0], setting=setting, command=command,
                   threads=1, curve=curve)

@@ -22,7 +22,7 @@ lines = (Path(data) / "train.jsonl").read_text(encoding="utf-8").splitlines()
 longest, difference, largest = 0, 0.0, 0.0
 for line in lines[:int(count)]:
     ids = torch.tensor([vocabulary.encode(json.loads(line)["question"])])
-    mask, pos = llm_rlvr.causal(torch.ones_like(ids, dtype=torch.bool))
+    mask, pos = llm_rlvr.causal(ids)
     with torch.no_grad():
         h = model(ids, pos, lambda _, q, k, v: llm_rlvr.attention(q, k, v, mask))
         ours, theirs = model.lm_head(h), library(ids).logits

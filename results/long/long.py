@@ -77,7 +77,7 @@ def run(file, script, task, method, lr, seed, flags):
     flags = (f"{flags} --task {task} --algo {name} --lr {lr} --seed {seed} --epochs 1 "
              f"--device cpu --out {out} {changes}")
     script.main(flags.split())
-    log = read(Path(out) / "log.jsonl")
+    log = read(Path(out, f"{task.replace(':', '-')}-{name}-{seed}", "log.jsonl"))
     curve = [{k: e[k] for k in KEPT if k in e} for e in log if e["kind"] == "eval"]
     path = Path(script.__file__).relative_to(ROOT)
     record = setting | dict(command=f"python {path} {flags}", curve=curve)
@@ -127,9 +127,9 @@ def spread(model, data, groups=5):
         for i in range(sum(r["task"] == task for r in read(SPREAD)), groups):
             t.generator.manual_seed(i)
             items = t.eval_items[i:i + 1]
-            y, logp = llm_rlvr.sample(t.model, *t.encode_prompts(items), 16, 200, t.ends,
+            y, logp = llm_rlvr.sample(t.model, t.encode_prompts(items), 16, 200, t.ends,
                                       t.generator)                                # (1, 16, 200)
-            tokens, scores = llm_rlvr.up_to_end(y, t.ends).sum(-1), t.score(items, y)   # (1, 16)
+            tokens, scores = (y >= 0).sum(-1), t.score(items, y)                        # (1, 16)
             append(SPREAD, dict(task=task, group=i, logp=logp.sum(-1)[0].tolist(),
                                 tokens=tokens[0].tolist(), score=scores[0].tolist()))
             print(task, i, tokens[0].tolist(), f"reward {scores.mean():.2f}", flush=True)

@@ -4,7 +4,7 @@
 
 A small run (a checkpoint every second update, warm start included) is started, killed at a moment
 drawn uniformly from the duration of the uninterrupted run, imports included, and started again,
-with --resume once it has a checkpoint, until it completes; then afresh. Each kill is followed by a
+with --resume, until it completes; then afresh. Each kill is followed by a
 look at the checkpoint, each completion by a comparison of weights, optimizer, random states and
 log, bit for bit but for the times. Then saving fails: at a file size limit within a checkpoint, on
 /dev/full, in a folder that became read-only. Exit status 1 if anything is not as it should be.
@@ -33,8 +33,8 @@ TIMES = {"seconds", "sample_seconds", "train_seconds", "sample_tok_s", "train_to
 
 
 def start(folder, **how):
-    resume = ["--resume"] * (folder / "checkpoint.pt").exists()
-    return subprocess.Popen([sys.executable, SCRIPT, *SMALL, "--out", folder, *resume], text=True,
+    command = [sys.executable, SCRIPT, *SMALL, "--out", folder.parent, "--resume"]
+    return subprocess.Popen(command, text=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **how)
 
 
@@ -118,14 +118,14 @@ def main():
     parser.add_argument("--kills", type=int, default=50, help="how many (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     args = parser.parse_args()
-    rng, begun, root = random.Random(args.seed), time.time(), Path(tempfile.mkdtemp())
-    whole, killed = root / "whole", root / "killed"
-    whole.mkdir()
+    rng, begun, root = random.Random(args.seed), time.monotonic(), Path(tempfile.mkdtemp())
+    whole, killed = (root / name / "graph_color-tpo-0" for name in ("whole", "killed"))
+    whole.mkdir(parents=True)
     survive(whole, 0)
-    seconds, expected, kills, same = time.time() - begun, outcome(whole), [], 0
+    seconds, expected, kills, same = time.monotonic() - begun, outcome(whole), [], 0
     print(f"uninterrupted {seconds:.1f} s; kills at seconds after each start:")
     while len(kills) < args.kills:
-        killed.mkdir()
+        killed.mkdir(parents=True)
         fell = survive(killed, args.kills - len(kills), lambda: rng.uniform(0, seconds))
         equal = outcome(killed) == expected
         kills += fell
@@ -148,7 +148,7 @@ def main():
           f"{damaged} unreadable checkpoints")
     print("failed saves: " + ("one line each, the old checkpoint intact, resumed to the same bits"
                               if fine else "NOT AS THEY SHOULD BE"))
-    print(f"{time.time() - begun:.0f} s, {torch.get_num_threads()} thread of {os.cpu_count()} "
+    print(f"{time.monotonic() - begun:.0f} s, {torch.get_num_threads()} thread of {os.cpu_count()} "
           f"cores ({platform.machine()}), torch {torch.__version__}")
     sys.exit(same < len(kills) or damaged > 0 or not fine)
 

@@ -202,7 +202,7 @@ def job(name, tree):
         out = Path(folder) / "run"
         subprocess.run([sys.executable, "llm_rlvr.py", "--algo", "tpo", "--out", out], cwd=tree,
                        check=True, stdout=sys.stderr)
-        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = next(out.rglob("log.jsonl")).read_text(encoding="utf-8").splitlines()
     *records, result = map(json.loads, lines)
     reached = next((f"{r['seconds']:.0f} s" for r in records
                     if r["kind"] == "eval" and r["pass1"] >= 0.9), "not reached")
@@ -215,8 +215,7 @@ def sampling(folder, B=4, P=33, K=16, T=64):
     peer, _ = pretrained.read_folder(folder)
     model = pretrained.as_gpt(peer)
     tokens = torch.randint(model.config.vocab, (B, P))
-    mask, no_end = torch.ones_like(tokens, dtype=torch.bool), torch.tensor([-1])
-    generator = torch.Generator()
+    no_end, generator = torch.tensor([-1]), torch.Generator()
 
     def rate(run):
         run(2)
@@ -224,7 +223,7 @@ def sampling(folder, B=4, P=33, K=16, T=64):
         run(T)
         return B * K * T / (time.perf_counter() - start)
 
-    ours = rate(lambda n: llm_rlvr.sample(model, tokens, mask, K, n, no_end, generator))
+    ours = rate(lambda n: llm_rlvr.sample(model, tokens, K, n, no_end, generator))
     print(f"sampling {B} prompts x {K} of {T} tokens from {Path(folder).name}: "
           f"ours {ours:.0f} tok/s", flush=True)
     rows = tokens.repeat_interleave(K, 0)

@@ -61,14 +61,14 @@ def cudnn():
 
 def log_probs():
     t = llm_rlvr.Trainer(llm_rlvr.Config(device="cuda"))
-    prompts, prompt_mask = t.encode_prompts(t.eval_items[:32])
+    prompts = t.encode_prompts(t.eval_items[:32])
     with t.autocast():
-        y, sampled = llm_rlvr.sample(t.model, prompts, prompt_mask, 16, 7, t.ends, t.generator)
+        y, sampled = llm_rlvr.sample(t.model, prompts, 16, 7, t.ends, t.generator)
     prompt_of = torch.arange(32, device="cuda").repeat_interleave(16)
 
     def trained():
-        logp = llm_rlvr.token_logp(t.model, prompts, prompt_mask, y.flatten(0, 1), prompt_of)
-        return logp.view(y.shape).masked_fill(~llm_rlvr.up_to_end(y, t.ends), 0)
+        logp = llm_rlvr.token_logp(t.model, prompts, y.flatten(0, 1), prompt_of)
+        return logp.view(y.shape)
 
     with torch.no_grad():
         exact = trained()
@@ -82,7 +82,7 @@ def default_job(*flags):
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, ROOT / "llm_rlvr.py", "--algo", "tpo", "--device", "cuda",
                         "--out", folder, *flags], check=True, stdout=sys.stderr)
-        lines = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = next(Path(folder).glob("*/log.jsonl")).read_text(encoding="utf-8").splitlines()
     *records, result = map(json.loads, lines)
     reached = [r["seconds"] for r in records if r["kind"] == "eval" and r["pass1"] >= 0.9]
     result.pop("kind")
