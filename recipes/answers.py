@@ -24,7 +24,8 @@ TERM = re.compile(r"[ %_$)}]*(?:(?:[-+x\xd7\xb7/^]|(?<!\*)\*(?!\*)|\\times|\\cdo
                   r"[ _$(\\{]*[\d.]|\\pi|\u03c0|\\sqrt|\u221a)|:\d")
 FRAC = re.compile(rf"\\[cdt]?frac ?(?:\{{ ?(-?{DIGITS}) ?\}} ?\{{ ?(-?{DIGITS}) ?\}}|(\d) ?(\d))")
 SIGNS = str.maketrans("\u2010\u2011\u2013\u2212\ufe63\uff0d", "------")
-RAISED = str.maketrans("\u207b\u2070\xb9\xb2\xb3\u2074\u2075\u2076\u2077\u2078\u2079", "-0123456789")
+RAISED = str.maketrans("\u207b\u2070\xb9\xb2\xb3\u2074\u2075\u2076\u2077\u2078\u2079",
+                       "-0123456789")
 
 
 def final_number(text):
@@ -110,5 +111,6 @@ def number_or_text(answer):
 def final_lines(text, several):
     """Lines behind the last "answer:", all or the last one; without case and blank lines."""
     text = "\n".join(line.strip() for line in ["", *text.casefold().splitlines()])
-    lines = [line for line in text.rpartition("\nanswer:")[2].splitlines() if line.strip()]
+    lines = [line.strip() for line in text.rpartition("\nanswer:")[2].splitlines()]
+    lines = [line for line in lines if line]
     return lines if several else lines[-1:]

@@ -144,10 +144,11 @@ def make_task(name, data, shots):
     return Jsonl(data) if name == "jsonl" else ReasoningGym(name.removeprefix("rg:"))
 
 
-def without_long(task, encode, room):
-    """The task without its prompts of more than room tokens, which are told here."""
+def leave_out_long(task, encode, room):
+    """Take from a task the prompts of more than room tokens, and tell how many there are."""
     draw, rng = task.prompt, random.Random(0)
-    items = getattr(task, "items", None) or [draw(rng) for _ in range(200)]
+    endless = not hasattr(task, "items")
+    items = [draw(rng) for _ in range(100)] if endless else task.items
     lengths = [len(encode(text)) for text, _ in items]
     long = sum(length > room for length in lengths)
     told = (f"--max-new-tokens leaves {room} tokens of the model's context to a prompt: {long} of "
@@ -163,6 +164,7 @@ def without_long(task, encode, room):
             if len(encode(text)) <= room:
                 return text, key
 
-    task = copy(task)
-    task.prompt = prompt
-    return task
+    if endless:
+        task.prompt = prompt
+    else:
+        task.items = [item for item, length in zip(items, lengths) if length <= room]
