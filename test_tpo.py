@@ -1497,7 +1497,8 @@ def test_cuda_in_bf16_is_near_fp32_on_a_cpu():
 
 # ---- recipes/pretrained.py, recipes/text_tasks.py ------------------------------------------------
 
-WORDS = ["<end>", "<stop>", "<bos>", "<user>", "<think>", *"abcdefghijklmnopqrstuvwxyz0123456789.<>"]
+WORDS = ["<end>", "<stop>", "<bos>", "<user>", "<think>", *"abcdefghijklmnopqrstuvwxyz",
+         *"0123456789.<>"]
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}<user>{{ m.content }}{% endfor %}"
             "{% if not enable_thinking %}<think>{% endif %}")
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e4, "factor": 8.0, "low_freq_factor": 1.0,
@@ -1520,7 +1521,7 @@ def hub_folder(folder, family="Qwen3", ends=0, template=TEMPLATE, **settings):
     t.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     t.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
     t.add_special_tokens(WORDS[:4])
-    t.add_tokens(WORDS[4:5])                            # a token of the template that is not special
+    t.add_tokens(WORDS[4:5])                            # not special, but the template's
     names = dict(bos_token="<bos>", eos_token="<stop>", chat_template=template)
     transformers.PreTrainedTokenizerFast(tokenizer_object=t, **names).save_pretrained(folder)
     return str(folder), model
@@ -1572,10 +1573,10 @@ def test_prompt_is_the_chat_template_or_bare_text_and_every_end_ends(
     assert vocabulary.decode(vocabulary.encode("a4")).replace(" ", "") == prompt
     assert vocabulary.decode([7, 41, 47]) == "c ." and vocabulary.size == 48    # 47 has no text
     assert vocabulary.decode([7, 3, 8]) == "c <user> d"         # sampled in the midst: not hidden
-    for data in ("<stop>", "<<end>", "<user><user>", "a<bos>4") + ("<think>",) * bool(template):
-        ids = vocabulary.encode(data)           # what control tokens spell is text in data
-        assert vocabulary.decode(ids).replace(" ", "") == prompt.replace("a4", data)
-        assert [i for i in ids if i < 5] == [i for i in vocabulary.encode("a4") if i < 5]
+    data = "a<stop><<end>4<bos>" + "<think>" * bool(template)   # what spells one in data is text
+    ids = vocabulary.encode(data)
+    assert vocabulary.decode(ids).replace(" ", "") == prompt.replace("a4", data)
+    assert [i for i in ids if i < 5] == [i for i in vocabulary.encode("a4") if i < 5]
     assert vocabulary.ends == trainer(folder, *jsonl(tmp_path)).ends.tolist() == expected
 
 
@@ -1614,13 +1615,11 @@ def test_lora_starts_at_the_model_trains_its_branches_and_merges_in_fp32():
     up = model.model["layers"][0].mlp.up_proj
     assert 0.7 < up.A.std() * 32 ** 0.5 < 1.3
     torch.nn.init.normal_(up.B, std=1e-4)                       # too small for bf16's 8 bits
-    weights, plain = pretrained.merged(model), llm_rlvr.GPT(model.config)
+    weights = pretrained.merged(model)
     assert list(weights) == names and not weights["lm_head.weight"].requires_grad
     merged = weights["model.layers.0.mlp.up_proj.weight"]
     assert up.weight.dtype == torch.bfloat16 and not torch.equal(merged, up.weight.float())
     assert torch.equal(merged, up.weight.float() + 2 * up.B @ up.A)
-    plain.load_state_dict(weights)
-    close(logits(plain, ids), logits(model.float(), ids), atol=1e-5, rtol=1e-5)
 
 
 @each("extra", [[], ["--lora-rank", "2"]], ids=["full", "lora"])
@@ -1680,8 +1679,8 @@ def test_prompts_longer_than_the_context_are_told_and_left_out(tmp_path, capsys)
     task = trainer(folder, *flags, "--max-new-tokens", "24").task
     assert {len(text) for text, _ in task.items} == {3}
     assert "6 tokens" in (err := capsys.readouterr().err) and "80 of 90" in err and "has 7" in err
-    words = "--max-new-tokens 5 tokens 10 of 10 longest 6"
-    one_line(capsys, words, lambda: trainer(folder, *flags, "--max-new-tokens", "25"))
+    one_line(capsys, "--max-new-tokens 5 tokens 10 of 10 longest 6",
+             lambda: trainer(folder, *flags, "--max-new-tokens", "25"))
     endless = SimpleNamespace(prompt=lambda rng: ("x" * rng.randrange(1, 6), 0))
     text_tasks.leave_out_long(endless, list, 3)
     assert " of 100 are longer, the longest has 5" in capsys.readouterr().err
@@ -1692,7 +1691,7 @@ def test_number_of_an_answer():
     for case in logged(ROOT / "results" / "reliability" / "answers.jsonl"):
         number = text_tasks.final_number(case["text"])
         assert number == (case["number"] and Decimal(case["number"])), case
-    for piece in ("9", "1,", "1/", " 1", "{", "\\boxed{", "\\frac{", "= 5*", "which is", "answer: "):
+    for piece in ("9", "1,", "1/", " 1", "{", r"\boxed{", r"\frac{", "= 5*", "which is", "answer:"):
         for mark in ("", "#### ", "\\boxed{"):          # in a time that grows as the text does
             pretrained.final_number(mark + piece * 10**4)
     assert pretrained.final_number("#### " + "9" * 10_000) is None
@@ -1701,9 +1700,9 @@ def test_number_of_an_answer():
 @each("shots", [0, 2])
 def test_gsm8k_splits_shots_and_score(shots, tmp_path):
     for name, numbers in (("train", range(60)), ("test", range(1000, 1020))):
-        lines = [{"question": f"{i} + 1000?", "answer": f"<<{i}+1000>> #### {i + 1000:,}"}
-                 for i in numbers]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        lines = (json.dumps({"question": f"{i} + 1000?", "answer": f"<<{i}>> #### {i + 1000:,}"})
+                 for i in numbers)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     task = text_tasks.make_task("gsm8k", str(tmp_path), shots)
     drawn = [dict(llm_rlvr.puzzles(task, random.Random(0), 400, split))
              for split in ("train", "heldout", "test")]
@@ -1750,7 +1749,7 @@ def test_reasoning_gym_scores_in_a_process_of_its_own_slow(capsys, monkeypatch):
     monkeypatch.setattr(rg_score, "SECONDS", 1)
     for deadly, reason in (("7**8**9", "over 1 s"), ("__import__('os')._exit(3)", "ended (3)")):
         assert score(deadly) == 0 and score(right) == 1
-        assert "1 answers scored 0" in (line := scorer.told()) and reason in line
+        assert "failed: 1, " in (line := scorer.told()) and reason in line
     data = SimpleNamespace(score_answer=lambda answer, entry: eval(answer))
     for answer in ("exit()", "1/0", "None", "'x'", "float('nan')", "1j"):
         assert rg_score.grade(data, answer, {})[0] == 0 < len(rg_score.grade(data, answer, {})[1])

@@ -17,7 +17,8 @@ SIGN = (r"(?:(?<![\w)\]}%-])(?:-(?! )|(?<![\w)\]}%] )(?<!\n)- |(?<=\bis )- |(?<=
 DIGITS = (r"(?:(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)"
           r"(?:[eE][-+]?\d+(?!\w))?")
 BODY = rf"(?:(?P<whole>\d+) (?=\d{{1,2}} ?/ ?\d))?(?P<body>{DIGITS}(?: ?/ ?-?{DIGITS})*)"
-POWER = r"(?: ?(?:[x\xd7*\xb7]|\\times|\\cdot) ?10\^\{?(?P<power>-?\d{1,4})\}?)?"
+POWER = (r"(?: ?(?:[x\xd7*\xb7]|\\times|\\cdot) ?10\^\{?(?P<power>-?\d{1,4})\}?"
+         r"|(?:\^\{?|\*\*(?=\d))(?P<raised>-?\d{1,4})\}?)?")
 NUMBER = re.compile(rf"(?P<sign>{SIGN})?(?<![^\W_])(?<!\^){BODY}{POWER}|\\[cdt]?frac|\\sqrt|\u221a")
 # what makes the number before it a term: 3 * 4, 5-7, 2^3, 3:30
 TERM = re.compile(r"[ %_$)}]*(?:(?:[-+x\xd7\xb7/^]|(?<!\*)\*(?!\*)|\\times|\\cdot|\\div|\xf7)"
@@ -93,9 +94,11 @@ def value(number):
             x = (Decimal(number["whole"] or 0) * below + x) / below
         if number["power"]:
             x = x.scaleb(int(number["power"]))
+        if number["raised"]:
+            x = Decimal(number["body"]) ** int(number["raised"])    # 3/2^2 is none, nor 1,000^2
     except (ArithmeticError, ValueError):
         return None
-    if abs(x.adjusted()) < 1000:
+    if x.is_finite() and abs(x.adjusted()) < 1000:
         return x.copy_negate() if number["sign"] else x
 
 

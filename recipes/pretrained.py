@@ -126,8 +126,8 @@ class Pretrained(llm_rlvr.Trainer):
 
     def evaluate(self):
         result, scorer = super().evaluate(), getattr(self.task, "scorer", None)
-        if scorer and scorer.failed:
-            print(scorer.told())
+        if scorer and (line := scorer.told()):
+            print(line)
         return result
 
     def run(self, folder, stop=()):

@@ -68,8 +68,8 @@ class Scorer:
 
     def told(self):
         """One line on the answers since the last call that could not be scored, or ""."""
-        line = (f"{self.failed} answers scored 0 as Reasoning Gym's scorer failed; the last time: "
-                f"{self.fault}" if self.failed else "")
+        line = (f"answers scored 0 because Reasoning Gym's scorer failed: {self.failed}, the last "
+                f"with: {self.fault}" if self.failed else "")
         self.failed, self.fault = 0, ""
         return line
 

@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import text_tasks
 
 DATASETS = ("countdown", "puzzle24", "n_queens", "binary_matrix", "spiral_matrix", "number_sorting",
-            "string_insertion", "simple_integration", "polynomial_multiplication", "prime_factorization")
+            "string_insertion", "simple_integration", "polynomial_multiplication",
+            "prime_factorization")
 # {} is the right answer
 QUICK = ("exit()", "quit(1)", "1/0", "0**-1", "", "{}{}", "-{}", "[{}]", "'{}'", "{} # {}", "nan",
-         "inf", "None", "[]", "[[]]", "()", "{{}}", "\0", "\ud800", "\n" * 999, "9" * 99_999, "(" * 9999,
-         "[" * 999 + "]" * 999, "lambda: 0", "x" * 10**5, "raise", "print({})", "input()", "1e999",
+         "inf", "None", "[]", "[[]]", "()", "{{}}", "\0", "\ud800", "\n" * 999, "9" * 99_999,
+         "(" * 9999, "[" * 999 + "]" * 999, "lambda: 0", "x" * 10**5, "raise", "print({})", "input()", "1e999",
          "open('/dev/zero').read(1)", "__import__('os').getpid()", "__import__('sys').exit(3)",
          "globals().clear()", "__import__('os').close(1)", "factorial(99999)", "{}" * 99,
          "\u0663\u0664", "<answer>", "</answer>", "sin(x)/0", "zoo", "oo - oo", "I**I", "{0:d}", "%s%n")
@@ -36,7 +37,7 @@ DEADLY = ("7**8**9", "9**9**9**9", "10**10**9", "factorial(10**9)", "[0]*10**11"
 
 
 def children():
-    """Pids of the processes that score and are not ended yet, on Linux."""
+    """Pids of the processes that score and have not ended, on Linux."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
