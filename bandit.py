@@ -3,32 +3,28 @@
     python bandit.py                                    single and multi, 100 seeds: 10 s, one core
     python bandit.py --task mnist --algo tpo --seeds 2  a first look: 30 s, ends near 2.9% error
     python bandit.py --task mnist --mechanism           MNIST, 20 seeds, six methods: 15 min
-The last line to expect from the first command:
-    multi: mean error below 1%: ce at step 680, tpo at step 698, grpo at step 756, dg at step 867,
-    pg at step 968
+The first command ends with: multi: mean error below 1%: ce at step 680, tpo at step 698, grpo at
+step 756, dg at step 867, pg at step 968
 
 single  Fig. 2: one context, 100 arms, reward 1 for arm 0; a step on 100 sampled actions
 multi   Fig. 3: 100 contexts x 10 arms, exact population gradients, one global step
 mnist   Fig. 4: one sampled label per image, reward 1 if right; MLP 784-50-50-10, Adam
 error = 1 - pi(y), mnist: test error. misalignment = 1 - cos(g, the oracle's g) for the update g in
 logit space; the oracle is CE, in single pi(y) times CE. All S seeds run in one batch of tensors,
-each with a random stream of its own; B = batch of actions.
-The later losses of baselines.py run from seqtask.py and llm_rlvr.py: in single, on policy, with
-steps of unit length, all but oapl and kondo take GRPO's step; in multi they take PG's, CE's or
-GRPO's; an image of mnist has no group.
+each with a random stream of its own; B = batch of actions. The later losses of baselines.py, oapl
+and kondo excepted, take GRPO's step in single, and in multi PG's, CE's or GRPO's.
 """
 import argparse
 import gzip
-import http.client
 import json
 import math
 import os
+import signal
 import struct
 import sys
 import tempfile
 import time
 import urllib.request
-import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from runpy import run_path
@@ -39,19 +35,10 @@ import torch.nn.functional as F
 from baselines import grpo_loss
 from tpo import standardize, tpo_loss, tpo_target
 
-# The methods of each task, with final error, first step below 1% error (mnist: 5%) and misalignment
-# at step 112 at the default settings: by the paper's own code over 100 seeds (single, multi), as
-# printed in the paper over 20 (mnist).
-REFERENCE = {
-    "single": {"pg": (1.0e-3, 125, 0.034), "grpo": (2.7e-3, 104, 0.67), "dg": (5.3e-5, 97, 1.8e-4),
-               "tpo": (5.1e-5, 97, 2.3e-7)},     # 2.3e-7 is as small as fp32 can show; ours is fp64
-    "multi": {"ce": (3.4e-4, 679, None), "pg": (6.1e-3, 956, None), "grpo": (5.3e-4, 752, None),
-              "dg": (2.1e-3, 860, None), "tpo": (4.0e-4, 696, None)},
-    "mnist": {"ce": (None, None, None), "pg": (0.053, None, None), "grpo": (0.059, None, None),
-              "group_pg": (0.072, None, None), "dg": (None, 2200, None),
-              "tpo": (0.029, 1600, None)}}
+ALGOS = {"single": ("pg", "grpo", "dg", "tpo"),
+         "multi": ("ce", "pg", "grpo", "dg", "tpo"),
+         "mnist": ("ce", "pg", "grpo", "group_pg", "dg", "tpo")}
 EVERY = {"single": 1, "multi": 5, "mnist": 200}  # steps between two evaluation records
-BINS = (0, 0.25, 0.5, 0.75, 1)                   # of the wrong mass's concentration, Fig. 4(b)
 MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
 
@@ -66,10 +53,10 @@ class Config:
     algo: str = flag("all", "comma list of ce, pg, grpo, group_pg, dg, tpo; a task runs its own")
     seeds: dict = flag({"single": 100, "multi": 100, "mnist": 20}, "seeds, run side by side")
     steps: dict = flag({"single": 150, "multi": 1000, "mnist": 10000}, "gradient steps")
-    eta: float = flag(1.0, "temperature of TPO's target and of DG's gate, above 0")
+    eta: float = flag(1.0, "temperature of TPO's target and of DG's gate")
     data: str = flag("data/mnist", "folder of MNIST's four .gz files, downloaded if missing")
     mechanism: bool = flag(False, "mnist: also measure Fig. 4(b), at step 2000 or the last before")
-    out: str = flag("", "write a JSON-lines log to this file")
+    out: str = flag("", "write a log to this file; results/bandit/paper.py reads it")
     plot: str = flag("", "draw the curves into this .png file (needs matplotlib)")
 
 
@@ -105,7 +92,7 @@ def single(algo, seeds, steps, eta):
         g = single_gradient(algo, pi, a, (a == 0).double(), eta)
         oracle = pi[:, :1] * (e_y - pi)
         yield step, {"error": 1 - pi[:, 0], "misalignment": misalignment(g, oracle)}
-        logits += 0.1 * normalize(g)
+        logits += 0.1 * F.normalize(g)                                   # GRPO's g may be 0
 
 
 # ---- multi: exact gradients (Fig. 3) -------------------------------------------------------------
@@ -133,7 +120,7 @@ def multi(algo, seeds, steps, eta):
     for step in range(steps):
         v = e_y - pi
         g = beta(algo, pi[:, :1], eta) * v
-        logits += 0.1 * normalize(g.flatten(1)).view_as(g)       # one step for all contexts
+        logits += 0.1 * F.normalize(g.flatten(1)).view_as(g)     # one step for all contexts
         pi = logits.softmax(1)
         yield step, {"error": 1 - pi[:, 0].mean(-1),
                      "misalignment": misalignment(g.flatten(1), v.flatten(1))}
@@ -189,12 +176,10 @@ def surplus(algo, pi, y, eta):
     b = (mnist_update(algo, even, y, eta) * e_y).sum(-1) / (1 - p)        # the surrogate's beta
     gain = p * ((v * mnist_update(algo, pi, y, eta)).sum(-1) - b * v.square().sum(-1))
     c = (pi * (1 - e_y)).amax(-1) / (1 - p)                               # concentration, 1/9 to 1
+    quarter = (4 * c).long().clamp(max=3)
     wrong = pi.argmax(-1) != y
-    means = []
-    for low, high in zip(BINS, (*BINS[1:-1], 2)):                         # c = 1 is in the last bin
-        row = wrong & (low <= c) & (c < high)
-        means.append(gain.where(row, 0).sum(-1) / row.sum(-1))
-    return torch.stack(means, -1)
+    rows = [wrong & (quarter == i) for i in range(4)]
+    return torch.stack([gain.where(row, 0).sum(-1) / row.sum(-1) for row in rows], -1)
 
 
 def network(rng, n_in):
@@ -213,13 +198,13 @@ def forward(params, x):
     return torch.baddbmm(b3, h, W3)
 
 
-def mnist(algo, seeds, steps, eta, data, mechanism_at):
-    images, labels, *test = data
+def mnist(algo, seeds, steps, eta, data, mechanism):
+    images, labels, test_images, test_labels = data
     rngs = streams(seeds)
     networks = [network(rng, images.shape[1]) for rng in rngs]
     params = [torch.stack(each).requires_grad_() for each in zip(*networks)]
     adam = torch.optim.Adam(params, lr=1e-3, fused=True)         # elementwise: exact for each seed
-    start = time.time()
+    start = time.monotonic()
     for done in range(0, steps, EVERY["mnist"]):
         n = min(EVERY["mnist"], steps - done)
         index = torch.stack([torch.randint(len(labels), (n, 100), generator=rng)
@@ -234,45 +219,37 @@ def mnist(algo, seeds, steps, eta, data, mechanism_at):
             loss.backward()
             adam.step()
         step = done + n
-        metrics = evaluate(algo, params, *test, eta, step == mechanism_at)
-        speed = step / (time.time() - start)
+        with torch.no_grad():
+            logits = [forward(params, x.expand(seeds, -1, -1)) for x in test_images.split(1000)]
+        pi = torch.cat(logits, 1).double().softmax(-1)                    # (S, N, 10)
+        g, oracle = (mnist_update(name, pi, test_labels, eta).flatten(1) for name in (algo, "ce"))
+        metrics = {"error": (pi.argmax(-1) != test_labels).double().mean(-1),
+                   "misalignment": misalignment(g, oracle)}
+        if mechanism and step == min(2000, steps):
+            metrics["surplus"] = surplus(algo, pi, test_labels, eta)
+        speed = step / (time.monotonic() - start)
         print(f"mnist {algo:8s} step {step:6,d}/{steps:,d}   "
               f"test error {metrics['error'].mean():6.2%}   {speed * seeds:,.0f} seed-steps/s   "
               f"{(steps - step) / speed:4.0f} s left for {algo}", flush=True)
         yield step, metrics
 
 
-@torch.no_grad()
-def evaluate(algo, params, images, labels, eta, mechanism):
-    S = len(params[0])
-    logits = [forward(params, x.expand(S, -1, -1)) for x in images.split(1000)]
-    pi = torch.cat(logits, 1).double().softmax(-1)                        # (S, N, 10)
-    g, oracle = (mnist_update(name, pi, labels, eta).flatten(1) for name in (algo, "ce"))
-    metrics = {"error": (pi.argmax(-1) != labels).double().mean(-1),
-               "misalignment": misalignment(g, oracle)}
-    return metrics | ({"surplus": surplus(algo, pi, labels, eta)} if mechanism else {})
-
-
 def read_idx(folder, name, *shape):
     """uint8 of this shape from an IDX file: bytes 0, 0, 8 (uint8), ndim; big-endian sizes; data."""
-    path = Path(folder) / name
-    advice = f"get it by: curl --create-dirs -o {path} {MIRROR}{name}"
-    if not path.exists():
-        print(f"downloading {MIRROR}{name}", flush=True)
-        try:
+    path = Path(folder, name)
+    header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
+    try:
+        if not path.exists():
+            print(f"downloading {MIRROR}{name}", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             with urllib.request.urlopen(MIRROR + name, timeout=30) as response:
                 write(path, response.read())
-        except (OSError, http.client.HTTPException) as error:
-            problem = f"{path} is missing and its download failed ({error})"
-            fail(f"--data {folder}: {problem}; {advice}")
-    header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
-    try:
         raw = gzip.decompress(path.read_bytes())
         if raw[:len(header)] != header or len(raw) != len(header) + math.prod(shape):
             raise ValueError(f"not uint8 data of shape {shape}")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        fail(f"--data {folder}: {path} is damaged or another file ({error}); {advice}")
+    except Exception as error:                       # a damaged file raises one of many types
+        fail(f"--data {folder}: {path} is missing or damaged ({error}); "
+             f"get it by: curl --create-dirs -o {path} {MIRROR}{name}")
     return torch.frombuffer(bytearray(raw[len(header):]), dtype=torch.uint8).view(shape)
 
 
@@ -289,11 +266,6 @@ def streams(seeds):
     return [torch.Generator().manual_seed(seed) for seed in range(seeds)]
 
 
-def normalize(g):
-    norm = g.norm(dim=-1, keepdim=True)
-    return g / norm.clamp(min=1e-12)                 # GRPO's g is 0 once all 100 actions are right
-
-
 def misalignment(g, oracle):
     norms = g.norm(dim=-1) * oracle.norm(dim=-1)
     return (1 - (g * oracle).sum(-1) / norms.clamp(min=1e-30)).clamp(min=0)
@@ -307,20 +279,17 @@ def mean_se(x):
 
 def run(task, algo, cfg, data):
     """All seeds of one method: its records, the result last."""
-    start, seeds, steps = time.time(), cfg.seeds[task], cfg.steps[task]
-    if task == "mnist":
-        mechanism_at = min(2000, steps) if cfg.mechanism else None
-        curve = mnist(algo, seeds, steps, cfg.eta, data, mechanism_at)
-    else:
-        curve = {"single": single, "multi": multi}[task](algo, seeds, steps, cfg.eta)
+    start, seeds, steps = time.monotonic(), cfg.seeds[task], cfg.steps[task]
+    more = (data, cfg.mechanism) if task == "mnist" else ()
+    method = {"single": single, "multi": multi, "mnist": mnist}[task]
     records, first, named = [], {}, {"task": task, "algo": algo}
-    for step, metrics in curve:
+    for step, metrics in method(algo, seeds, steps, cfg.eta, *more):
         error, error_se = mean_se(metrics["error"])
         angle, angle_se = mean_se(metrics["misalignment"])
         for bar in (0.01, 0.05):
             if error < bar:
                 first.setdefault(bar, step)
-        if task == "mnist" or step % EVERY[task] == 0 or step == steps - 1:
+        if step % EVERY[task] == 0 or step >= steps - 1:
             means = {"error": error, "error_se": error_se,
                      "misalignment": angle, "misalignment_se": angle_se}
             records.append({"kind": "eval", **named, "step": step, **means})
@@ -330,47 +299,36 @@ def run(task, algo, cfg, data):
             records.append({"kind": "mechanism", **named, "step": step, **gains})
     result = {"kind": "result", **named, "seeds": seeds, "final_error": error,
               "final_error_se": error_se, "steps_to_1pct": first.get(0.01),
-              "final_misalignment": angle, "seconds": round(time.time() - start, 2)}
+              "final_misalignment": angle, "seconds": round(time.monotonic() - start, 2)}
     if task == "mnist":
         result["steps_to_5pct"] = first.get(0.05)
     return [*records, result]
 
 
 def report(task, records, cfg):
-    """The task's table beside the reference, and what it says in a sentence."""
+    """The task's table, and what it says in a sentence."""
     of_kind = lambda kind: [r for r in records if r["kind"] == kind]
     evals, mechanism, results = map(of_kind, ("eval", "mechanism", "result"))
     goal = "5%" if task == "mnist" else "1%"
+    reached = lambda r: r[f"steps_to_{goal[0]}pct"]
     at = min(112, cfg.steps[task] - 1) if task == "single" else evals[-1]["step"]
-    print(f"\n{task}: seeds {cfg.seeds[task]}, steps {cfg.steps[task]}, eta {cfg.eta:g} "
-          f"(reference: {Config().seeds[task]}, {Config().steps[task]}, 1)")
-    below, angle = f"below {goal} at", f"1 - cos at {at}"
-    print(f"{'':9}{'final error ± s.e.':>20}{'reference':>11}{below:>14}{'reference':>11}"
-          f"{angle:>18}{'reference':>11}")
+    print(f"\n{task}: seeds {cfg.seeds[task]}, steps {cfg.steps[task]}, eta {cfg.eta:g}")
+    print(f"{'':9}{'final error +- s.e.':>20}{f'below {goal} at':>14}{f'1 - cos at {at}':>18}")
     angles = {r["algo"]: r["misalignment"] for r in evals if r["step"] == at}
-    when = []
     for r in results:
-        algo, step = r["algo"], r[f"steps_to_{goal[0]}pct"]
-        reached = "never" if step is None else f"at step {step}"
-        when.append((step is None, step, f"{algo} {reached}"))
-        final = cell(r["final_error"], r["final_error_se"])
-        error, first, misaligned = map(cell, REFERENCE[task][algo])
-        print(f"{algo:9}{final:>20}{error:>11}{cell(step):>14}{first:>11}"
-              f"{cell(angles[algo]):>18}{misaligned:>11}{r['seconds']:9.1f} s")
-    if mechanism:                                    # ce, pg, grpo, group_pg: 0 up to rounding
-        bins = [f"c in {low} to {high}" for low, high in zip(BINS, BINS[1:])]
-        print(f"{'surplus':9}" + "".join(f"{text:>20}" for text in bins) + "  (last, tpo: 0.073)")
-    for r in mechanism:
+        final, angle = cell(r["final_error"], r["final_error_se"]), cell(angles[r["algo"]])
+        print(f"{r['algo']:9}{final:>20}{reached(r) or '-':>14}{angle:>18}{r['seconds']:9.1f} s")
+    for r in mechanism:                              # ce, pg, grpo, group_pg: 0 up to rounding
         cells = map(cell, r["surplus"], r["surplus_se"])
-        print(f"{r['algo']:9}" + "".join(f"{text:>20}" for text in cells))
-    when = [text for *_, text in sorted(when, key=lambda x: x[:2])]
+        print(f"{r['algo']:9}surplus, c to .25, .5, .75, 1: {', '.join(cells)}")
+    when = [f"{r['algo']} at step {reached(r)}" if reached(r) else f"{r['algo']} never"
+            for r in sorted(results, key=lambda r: reached(r) or math.inf)]
     print(f"{task}: mean error below {goal}: {', '.join(when)}")
 
 
 def cell(x, se=None):
-    if x is None or isinstance(x, int):
-        return "-" if x is None else str(x)
-    return f"{x:.2g}" if se is None else f"{x:.2g} ± {se:.2g}"
+    error = "" if se is None else f" +- {se:.2g}"
+    return "-" if x is None else f"{x:.2g}{error}"
 
 
 # ---- files, flags and errors ---------------------------------------------------------------------
@@ -381,37 +339,40 @@ def fail(message):
 
 
 def write(path, data):
-    """Beside the file, then renamed: path is never half-written."""
-    temporary = Path(f"{path}.part")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    """In a folder that no other process makes, then moved: path is never half-written."""
+    path = os.path.realpath(path)                    # of a link its target
+    try:
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+            Path(folder, "new").write_bytes(data)
+            os.replace(Path(folder, "new"), path)
+    except OSError as error:
+        fail(f"cannot write {path} ({error.strerror}); what stood there is intact")
 
 
 def writable(path):
-    try:
-        tempfile.TemporaryFile(dir=Path(path).parent).close()
-        return not Path(path).is_dir()
-    except OSError:
-        return False
+    """Whether path is a file, old or new, no folder or device, and its folder can be written to."""
+    folder = os.path.dirname(os.path.realpath(path))
+    return os.access(folder, os.W_OK) and (os.path.isfile(path) or not os.path.exists(path))
 
 
-def save(path, records):
-    try:
-        write(path, "".join(json.dumps(r) + "\n" for r in records).encode())
-    except OSError as error:
-        fail(f"--out {path}: cannot be written ({error.strerror}); what stood there is intact")
+def stamp(path):
+    """Of a file: each writing to it changes this."""
+    return os.path.exists(path) and (os.stat(path).st_ino, os.stat(path).st_mtime_ns)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
+def per_task(text):
+    """A whole number from 1, for every task."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: allowed are whole numbers from 1")
+    return dict.fromkeys(ALGOS, int(text))
 
 
 def parse(argv):
     """Config, and the (task, algorithm) pairs to run."""
-    parser = Parser(prog="bandit.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = fail
     for f in fields(Config):
-        kind = int if f.type is dict else f.type
+        kind = per_task if f.type is dict else f.type
         options = {"action": "store_true"} if kind is bool else {"type": kind}
         value = getattr(Config(), f.name)
         parser.add_argument("--" + f.name, default=value, **options,
@@ -420,54 +381,50 @@ def parse(argv):
     if unknown:
         fail(f"{unknown[0]} is not a flag; the flags are "
              + " ".join("--" + f.name for f in fields(Config)))
-    for name in ("seeds", "steps"):
-        if isinstance(getattr(given, name), int):
-            setattr(given, name, dict.fromkeys(REFERENCE, getattr(given, name)))
     cfg = Config(**vars(given))
-    known = list(REFERENCE["mnist"])
-    tasks = list(REFERENCE) if cfg.task == "all" else cfg.task.split(",")
-    algos = known if cfg.algo == "all" else cfg.algo.split(",")
-    runs = [(task, algo) for task in tasks for algo in REFERENCE.get(task, ()) if algo in algos]
-    in_tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in REFERENCE.items())
+    tasks = list(ALGOS) if cfg.task == "all" else cfg.task.split(",")
+    algos = ALGOS["mnist"] if cfg.algo == "all" else cfg.algo.split(",")
+    runs = [(task, algo) for task in tasks for algo in ALGOS.get(task, ()) if algo in algos]
+    of_tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in ALGOS.items())
     for name, fine, allowed in (
-            ("task", set(tasks) <= set(REFERENCE),
-             f"all, or a comma list of {', '.join(REFERENCE)}"),
-            ("algo", set(algos) <= set(known), f"all, or a comma list of {', '.join(known)}"),
-            ("algo", runs, f"of --task {cfg.task} those named behind it in {in_tasks}"),
-            ("seeds", cfg.seeds["mnist"] >= 1, "whole numbers from 1"),
-            ("steps", cfg.steps["mnist"] >= 1, "whole numbers from 1"),
-            ("eta", 0 < cfg.eta < math.inf, "finite numbers above 0"),
+            ("task", set(tasks) <= set(ALGOS), f"all, or a comma list of {', '.join(ALGOS)}"),
+            ("algo", runs and set(algos) <= set(ALGOS["mnist"]),
+             f"all, or a comma list with one of --task {cfg.task} among {of_tasks}"),
+            ("eta", 0.01 <= cfg.eta < math.inf, "finite numbers from 0.01"),    # exp(10 / 3 / eta)
             ("mechanism", not cfg.mechanism or "mnist" in tasks, "tasks with mnist among them"),
             ("out", not cfg.out or writable(cfg.out), "files in a folder you can write to"),
             ("plot", not cfg.plot or writable(cfg.plot) and cfg.plot.endswith(".png"),
              ".png files in such a folder")):
         if not fine:
-            value = getattr(cfg, name)
-            fail(f"--{name} {value['mnist'] if isinstance(value, dict) else value}: "
-                 f"allowed are {allowed}")
+            fail(f"--{name} {getattr(cfg, name)}: allowed are {allowed}")
     return cfg, runs
 
 
 def main(argv=None):
     cfg, runs = parse(argv)
-    plot = Path(__file__).parent / "results" / "plot.py"
-    draw = run_path(str(plot))["bandit"] if cfg.plot else None
-    with_mnist = "mnist" in (task for task, _ in runs)
-    if not with_mnist:
+    draw = cfg.plot and run_path(Path(__file__).parent / "results/plot.py")["bandit"]
+    if "mnist" not in dict(runs):
         print("not among these: MNIST (Fig. 4), python bandit.py --task mnist, 15 min on one core")
-    data = list(load_mnist(cfg.data)) if with_mnist else None
+    data = list(load_mnist(cfg.data)) if "mnist" in dict(runs) else None
     records, results = [{"kind": "config", **asdict(cfg)}], []
+    stood = stamp(cfg.out)
     for i, (task, algo) in enumerate(runs):
         *new, result = run(task, algo, cfg, data)
         records += new
         results.append(result)
         if cfg.out:                                  # a crash costs only the method under way
-            save(cfg.out, records + results)
-        if task not in (name for name, _ in runs[i + 1:]):
+            if stamp(cfg.out) != stood:
+                fail(f"--out {cfg.out}: another run has written there since this one began")
+            lines = [json.dumps(r) + "\n" for r in records + results]
+            write(cfg.out, "".join(lines).encode())
+            stood = stamp(cfg.out)
+        if task not in dict(runs[i + 1:]):
             report(task, [r for r in records[1:] + results if r["task"] == task], cfg)
     if draw:
         draw(records + results, cfg.plot)
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):                   # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)    # "| head" ends the run without a word
     main()

@@ -1,178 +1,186 @@
 """The methods TPO is compared with, called as tpo_loss is: loss(logp, logp_old, scores, mask=None).
 
-Group losses take (..., K): summed log-probs of K candidates on the last axis; mask (..., K) marks
-real candidates. Sample losses (pg and all below it) take (B, K) summed or (B, K, T) token
-log-probs; mask, of the same shape, marks completion tokens; scores are (B, K), or in pg, ppo, dg
-and kondo (B, K, T) when each token has its own reward. Sum over T, mean over the B * K samples;
-dapo and cispo: mean over tokens. B prompts, K candidates, T tokens. logp_old and scores carry no
-gradient. Shapes that do not fit: ValueError. fp32 inside (fp64 stays). |log rho| is cut to 20.
+Group losses take summed log-probs (..., K) of K candidates; mask marks real ones. Sum over K, mean
+over prompts; rloo, vcpo, maxrl and oapl: mean over K; rebel: over pairs. Sample losses (pg and all
+below it) take token log-probs (B, K, T) of B prompts, or sums (B, K); mask, alike, marks completion
+tokens; scores are (B, K), where A is used also (B, K, T), a reward per token. Sum over T, mean over
+samples; grpo_token_ratio: mean over T; dapo and cispo: over all tokens. Groups and samples without
+a real entry are in no mean. logp_old and scores get no gradient. Errors and dtypes: as in tpo.py.
 
-A = r - mean(r) over the batch; for r per token, at each position over the samples that reach it:
-padding has no reward, so it is not in the mean, nor is a sample without any token.
-C = r - mean(r) over the group, u = C / sigma (population). rho = pi / pi_old per token (grpo: per
-sequence), clip(rho) in [1 - .2, 1 + .2] unless the line says otherwise. Losses without rho are for
-one epoch, but for rebel and oapl, regressions that hold on any epoch.
+A = r - mean(r) over the batch (dg's paper: the group); for r per token, at each position over the
+samples that reach it. C = r - mean(r) over the group, u = C / sigma (population), D = l - l_old.
+rho = pi / pi_old per token (grpo, vcpo: per sequence), log rho cut to +-20; clip(rho) in [.8, 1.2]
+unless the line says otherwise. What does not use pi_old is for one epoch, tpo_no_anchor excepted.
 
-name           loss of a prompt or sample               difference from TPO            source
-tpo            -sum_i q_i log p_i, q ~ p_old exp(u/eta) -                              2604.06159
-tpo_no_anchor  the same with q ~ exp(u / eta)           the target forgets p_old       2604.06159
-group_pg       -sum_i u_i l_i                           u as a weight: no fixed point  2604.06159
-grpo           -sum_i min(rho u, clip(rho) u) + beta KL stopped by a clip, no target   2402.03300
-grpo_no_kl     grpo with beta = 0                       nothing pulls back to pi_old   2402.03300
-grpo_masked    grpo, mean over groups with sigma > 0    equal groups do not pull back  2604.06159
-rloo           -A_i l_i, A_i = r_i - mean of the others scalar weight, no sigma        2402.14740
-maxrl          -(C_i / mean(r)) l_i, binary r           rare success weighs 1 / mean   2602.02710
-rebel          ((D_a - D_b) / eta - (r_a - r_b))^2      squares over pairs a, b, raw r 2404.16767
-oapl           (b2 D - (r - V))^2, D = l - l_old        squares, soft value V of r     2602.19362
-pg             -A l                                     one sample, scalar weight      REINFORCE
-ppo            -min(rho A, clip(rho) A), per token      one sample, clip per token     1707.06347
-dg             -sigmoid(-A log pi / eta) A l, per token one sample, gated weight       2603.14608
-kondo          -A l where -A l is largest               most samples need no backward  2603.20526
-dr_grpo        -min(rho C, clip(rho) C) / constant      no sigma, no sequence length   2503.20783
-dapo           -min(rho u, clip(rho) u), rho to 1.28    more room up than down         2503.14476
-gspo           -min(s u, clip(s) u), geometric mean s   clip per sequence, 3e-4, 4e-4  2507.18071
-cispo          -sg(min(rho, 5)) u l                     no token loses its gradient    2506.13585
+name             loss of a prompt or sample                difference from TPO            source
+tpo              -sum_i q_i log p_i, q ~ p_old exp(u/eta)  -                              2604.06159
+tpo_no_anchor    the same with q ~ exp(u / eta)            the target forgets p_old       2604.06159
+lpo              tpo at anchor 0, where p = softmax(D)     uniform anchor on the samples  2605.06139
+lpo_rev          KL(P || w), P = softmax(D), w ~ e^(u/eta) the KL that seeks one mode     2605.06139
+group_pg         -sum_i u_i l_i                            u as a weight: no fixed point  2604.06159
+grpo             -sum_i min(rho u, clip(rho) u) + beta KL  per sequence, KL to pi_old     2604.06159
+grpo_no_kl       grpo with beta = 0                        nothing pulls back to pi_old   2604.06159
+grpo_masked      grpo, mean over groups with sigma > 0     equal groups do not pull back  2604.06159
+rloo             -A_i l_i, A_i = r_i - mean of the others  scalar weight, no sigma        2402.14740
+vcpo             -sg(min(rho, 8)) A_i l_i, A_i as in rloo  for stale data; no ESS in it   2602.17616
+maxrl            -(C_i / mean(r)) l_i, binary r            rare success weighs 1 / mean   2602.02710
+rebel            ((D_a - D_b) / eta - (r_a - r_b))^2       squares over pairs a, b, raw r 2404.16767
+oapl             (b2 D - (r - V))^2                        squares, soft value V of r     2602.19362
+pg               -A l                                      one sample, scalar weight      REINFORCE
+ppo              -min(rho A, clip(rho) A)                  one sample, and no critic      1707.06347
+dg               -sigmoid(-A log pi / eta) A l, per token  one sample, gated weight       2603.14608
+ddpg             dg itself, on samples of an older policy  no ratio; the learner's log pi 2603.20521
+kondo            -A l where -A l is largest                most samples need no backward  2603.20526
+grpo_token_ratio grpo per token, mean over the completion  as DeepSeekMath and TRL do it  2402.03300
+dr_grpo          -min(rho C, clip(rho) C) / constant       no sigma, no sequence length   2503.20783
+dapo             -min(rho u, clip(rho) u), rho to 1.28     no redraws, no length penalty  2503.14476
+gspo             -min(s u, clip(s) u), geometric mean s    clip per sequence, 3e-4, 4e-4  2507.18071
+cispo            -sg(min(rho, 5)) u l                      no token loses its gradient    2506.13585
+
+Relatives. REPS, MPO and V-MPO (on the better half) fit a target ~ pi_old exp(A / eta) too, with eta
+from a bound on the KL; PMPO does so for accepted and rejected samples. AWR's weights exp(A / eta)
+are TPO's first at anchor 0 without their baseline. MDPO takes gradient steps on what q solves, E[A]
+- eta KL(pi || pi_old). At anchor 0 eta to 0 gives MaxRL on binary scores, eta to infinity group_pg.
 """
 from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
 
-from tpo import _prepare, standardize, tpo_loss
+from tpo import _log_softmax, _prepare, standardize, tpo_loss
 
 
 def tpo_no_anchor_loss(logp, logp_old, scores, eta=1.0, mask=None):
-    """TPO whose target forgets the old policy: q ~ exp(u / eta)."""
     return tpo_loss(logp, torch.zeros_like(logp_old), scores, eta, mask=mask)
 
 
+def lpo_rev_loss(logp, logp_old, scores, eta=1.0, mask=None):
+    """Reverse LPO. Under P the gradient of log P has mean 0: only the factor P needs one."""
+    logp, logp_old, scores, mask = _inputs(logp, logp_old, scores, mask)
+    log_P = _log_softmax(logp - logp_old, mask)
+    log_w = _log_softmax(standardize(scores, mask) / eta, mask)
+    return _mean(log_P.exp() * (log_P - log_w).detach(), mask)
+
+
 def group_pg_loss(logp, logp_old, scores, mask=None):
-    """TPO's u as scalar policy-gradient weights: sum over K, mean over prompts. No logp_old."""
     logp, _, scores, mask = _inputs(logp, logp_old, scores, mask)
-    return -(standardize(scores, mask) * logp).sum(-1).mean()
+    return -_mean(standardize(scores, mask) * logp, mask)
 
 
 def grpo_loss(logp, logp_old, scores, beta=0.04, clip=0.2, mask=None):
-    """GRPO on sequence ratios, k3 KL to the rollout policy: sum over K, mean over prompts."""
-    return _grpo_per_prompt(logp, logp_old, scores, beta, clip, mask).mean()
+    logp, logp_old, scores, mask = _inputs(logp, logp_old, scores, mask)
+    u = standardize(scores, mask)
+    return -_mean(_clipped(logp - logp_old, u, clip, clip, beta), mask)
 
 
 def grpo_masked_loss(logp, logp_old, scores, beta=0.04, clip=0.2, mask=None):
-    """GRPO whose equal-score groups get zero loss; mean over the others (0 if there are none)."""
-    informative = (standardize(scores, mask) != 0).any(-1)
-    loss = _grpo_per_prompt(logp, logp_old, scores, beta, clip, mask)
-    return torch.where(informative, loss, 0).sum() / informative.sum().clamp(min=1)
-
-
-def _grpo_per_prompt(logp, logp_old, scores, beta, clip, mask):
-    logp, logp_old, scores, mask = _inputs(logp, logp_old, scores, mask)
-    r = (logp - logp_old).clamp(-20, 20)                    # (..., K) log-ratios, 0 where masked
     u = standardize(scores, mask)
-    return (beta * (torch.exp(-r) + r - 1) - _clipped(r, u, clip, clip)).sum(-1)
+    mixed = (u != 0).any(-1, keepdim=True).expand_as(u)
+    return grpo_loss(logp, logp_old, scores, beta, clip, mixed if mask is None else mixed & mask)
 
 
 def rloo_loss(logp, logp_old, scores, mask=None):
-    """REINFORCE leave-one-out, mean over K and prompts. A lone candidate rests. No logp_old."""
     logp, _, scores, mask = _inputs(logp, logp_old, scores, mask)
-    n = mask.sum(-1, keepdim=True)
-    A = _centre(scores, mask, -1) * n / (n - 1).clamp(min=1)          # r_i - mean of the others
-    return -_group_mean(A * logp, mask)
+    others = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)
+    return -_mean(_centre(scores, mask) / others * logp, mask)       # C_i / others = A_i / K
+
+
+def vcpo_loss(logp, logp_old, scores, limit=8.0, mask=None):
+    """RLOO weighed by truncated ratios. The factor sqrt(min(1, ESS / N)) of lr is the caller's."""
+    logp, logp_old, scores, mask = _inputs(logp, logp_old, scores, mask)
+    rho = (logp - logp_old).detach().clamp(-20, 20).exp().clamp(max=limit)
+    return rloo_loss(rho * logp, logp_old, scores, mask)
 
 
 def maxrl_loss(logp, logp_old, scores, mask=None):
-    """MaxRL for scores in {0, 1}, mean over K and prompts. No success: rests. No logp_old."""
+    """MaxRL for scores in {0, 1}. A group without success rests."""
     logp, _, scores, mask = _inputs(logp, logp_old, scores, mask)
-    mean = scores.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    A = torch.where(mean == 0, 0, _centre(scores, mask, -1) / mean)
-    return -_group_mean(A * logp, mask)
+    total = scores.sum(-1, keepdim=True)
+    weight = torch.where(total == 0, 0, _centre(scores, mask) / total)           # C_i / mean / K
+    return -_mean(weight * logp, mask)
 
 
 def rebel_loss(logp, logp_old, scores, eta=1.0, mask=None):
-    """REBEL: mean over the pairs a < b of a group, then over prompts; a lone candidate gives 0."""
     logp, logp_old, scores, mask = _inputs(logp, logp_old, scores, mask)
-    d = _centre((logp - logp_old) / eta - scores, mask, -1)
-    pairs = d.square().sum(-1) / (mask.sum(-1) - 1).clamp(min=1)      # sum over pairs: n sum of d^2
-    return (2 * pairs).mean()
+    others = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)
+    d = _centre((logp - logp_old) / eta - _centre(scores, mask), mask)
+    return _mean(2 * d.square() / others, mask)               # sum over pairs: K sum_i d_i^2
 
 
 def oapl_loss(logp, logp_old, scores, b1=1.0, b2=1e-3, mask=None):
-    """OAPL: regress b2 log(pi / pi_old) on r - V, V = b1 log mean_j exp(r_j / b1).
-
-    Mean over K and prompts. Made for stale logp_old.
-    """
+    """OAPL: V = b1 log mean_j exp(r_j / b1). Made for stale logp_old."""
     logp, logp_old, scores, mask = _inputs(logp, logp_old, scores, mask)
+    r = _centre(scores, mask)                           # r - V is the same, and exact
     n = mask.sum(-1, keepdim=True).clamp(min=1)
-    total = (scores / b1).masked_fill(~mask, -torch.inf).logsumexp(-1, keepdim=True)
-    V = b1 * (total - n.to(scores).log())
-    return _group_mean((b2 * (logp - logp_old) - (scores - V)).square(), mask)
+    total = (r / b1).masked_fill(~mask, -torch.inf).logsumexp(-1, keepdim=True)
+    V = b1 * (total - n.to(r).log())
+    return _mean((b2 * (logp - logp_old) - (r - V)).square() / n, mask)
 
 
 def pg_loss(logp, logp_old, scores, mask=None):
-    """REINFORCE with the batch mean as baseline. logp_old is not used."""
-    logp, _, r, real, mask = _tokens(logp, logp_old, scores, mask)
-    return -_sample_mean(_centre(r, real, (0, 1)) * logp, mask)
+    logp, _, A, mask = _tokens(logp, logp_old, scores, mask)
+    return -_mean(A * logp, mask)
 
 
 def ppo_loss(logp, logp_old, scores, clip=0.2, mask=None):
-    """Clipped surrogate on the ratio of each element of logp: per token when logp is (B, K, T)."""
-    logp, logp_old, r, real, mask = _tokens(logp, logp_old, scores, mask)
-    A = _centre(r, real, (0, 1))
-    return -_sample_mean(_clipped(logp - logp_old, A, clip, clip), mask)
+    logp, logp_old, A, mask = _tokens(logp, logp_old, scores, mask)
+    return -_mean(_clipped(logp - logp_old, A, clip, clip), mask)
 
 
 def dg_loss(logp, logp_old, scores, eta=1.0, mask=None):
-    """Delightful Policy Gradient: A gated by sigmoid(A * surprisal / eta). No logp_old."""
-    logp, _, r, real, mask = _tokens(logp, logp_old, scores, mask)
-    A = _centre(r, real, (0, 1))
+    """Delightful Policy Gradient: A gated by sigmoid(A * surprisal / eta)."""
+    logp, _, A, mask = _tokens(logp, logp_old, scores, mask)
     gate = torch.sigmoid(A * -logp.detach() / eta)
-    return -_sample_mean(gate * A * logp, mask)
+    return -_mean(gate * A * logp, mask)
 
 
 def kondo_loss(logp, logp_old, scores, keep=0.03, mask=None):
-    """The Kondo gate: the share `keep` of samples (one at least) with the largest delight counts.
-
-    Delight is A * surprisal summed over T. The others need no backward. No logp_old.
-    """
-    logp, _, r, real, mask = _tokens(logp, logp_old, scores, mask)
-    A = _centre(r, real, (0, 1))
-    delight = (A * -logp.detach()).sum(-1).masked_fill(~mask.any(-1), -torch.inf).flatten()
-    best = delight.topk(max(1, int(keep * delight.numel()))).indices
+    """The Kondo gate: the share `keep` of samples (one at least) with the largest sum of -A l."""
+    logp, _, A, mask = _tokens(logp, logp_old, scores, mask)
+    real = mask.any(-1).flatten()
+    delight = (A * -logp.detach()).sum(-1).flatten().masked_fill(~real, -torch.inf)
+    best = delight.topk(max(1, int(keep * real.sum().item()))).indices
     gate = torch.zeros_like(delight).index_fill(0, best, 1).view(logp.shape[:2])
-    return -_sample_mean(gate[..., None] * A * logp, mask)
+    return -_mean(gate[..., None] * A * logp, mask)
+
+
+def grpo_token_ratio_loss(logp, logp_old, scores, beta=0.04, clip=0.2, mask=None):
+    logp, logp_old, u, mask = _tokens(logp, logp_old, scores, mask, standardize)
+    T = mask.sum(-1, keepdim=True).clamp(min=1)
+    return -_mean(_clipped(logp - logp_old, u, clip, clip, beta) / T, mask)
 
 
 def dr_grpo_loss(logp, logp_old, scores, clip=0.2, length=1, mask=None):
-    """Dr. GRPO: no sigma; `length` is the authors' constant, the generation budget in tokens."""
-    logp, logp_old, r, real, mask = _tokens(logp, logp_old, scores, mask, per_token=False)
-    C = _centre(r, real, 1)
-    return -_sample_mean(_clipped(logp - logp_old, C, clip, clip), mask) / length
+    """Dr. GRPO: `length` is the authors' constant, the generation budget in tokens."""
+    logp, logp_old, C, mask = _tokens(logp, logp_old, scores, mask, _centre)
+    return -_mean(_clipped(logp - logp_old, C, clip, clip), mask) / length
 
 
 def dapo_loss(logp, logp_old, scores, low=0.2, high=0.28, mask=None):
-    """DAPO: clip-higher, mean over the batch's tokens, without its redrawing of equal groups."""
-    logp, logp_old, r, real, mask = _tokens(logp, logp_old, scores, mask, per_token=False)
-    return -_token_mean(_clipped(logp - logp_old, _group_u(r, real), low, high), mask)
+    logp, logp_old, u, mask = _tokens(logp, logp_old, scores, mask, standardize)
+    return -_mean(_clipped(logp - logp_old, u, low, high)[..., None], mask[..., None])
 
 
 def gspo_loss(logp, logp_old, scores, low=3e-4, high=4e-4, mask=None):
     """GSPO: one ratio per sequence, the geometric mean of its tokens' ratios; needs (B, K, T)."""
-    logp, logp_old, r, real, mask = _tokens(logp, logp_old, scores, mask, per_token=False)
+    logp, logp_old, u, mask = _tokens(logp, logp_old, scores, mask, standardize)
     delta = (logp - logp_old).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    surrogate = _clipped(delta, _group_u(r, real), low, high)                         # (B, K, 1)
-    return -_sample_mean(surrogate, mask.any(-1, keepdim=True))
+    return -_mean(_clipped(delta, u, low, high), mask.any(-1, keepdim=True))         # (B, K, 1)
 
 
 def cispo_loss(logp, logp_old, scores, cap=5.0, mask=None):
     """CISPO: clip the weight, not the update. `cap` bounds rho, as in TRL; 5: 2510.13786."""
-    logp, logp_old, r, real, mask = _tokens(logp, logp_old, scores, mask, per_token=False)
-    rho = (logp.detach() - logp_old).clamp(-20, 20).exp().clamp(max=cap)
-    return -_token_mean(rho * _group_u(r, real) * logp, mask)
+    logp, logp_old, u, mask = _tokens(logp, logp_old, scores, mask, standardize)
+    rho = (logp - logp_old).detach().clamp(-20, 20).exp().clamp(max=cap)
+    return -_mean((rho * u * logp)[..., None], mask[..., None])
 
 
-def _clipped(delta, A, low, high):
-    """PPO's min(rho A, clip(rho) A) from the log-ratio delta; exp(20) still fits fp32."""
-    rho = delta.clamp(-20, 20).exp()
-    return torch.minimum(rho * A, rho.clamp(1 - low, 1 + high) * A)
+def _clipped(delta, A, low, high, beta=0.0):
+    """min(rho A, clip(rho) A) - beta KL from log-ratios, KL by k3. exp(20) still fits fp32."""
+    delta = delta.clamp(-20, 20)
+    rho = delta.exp()
+    surrogate = torch.minimum(rho * A, rho.clamp(1 - low, 1 + high) * A)
+    return surrogate - beta * (torch.exp(-delta) + delta - 1)
 
 
 def _inputs(logp, logp_old, scores, mask):
@@ -181,80 +189,72 @@ def _inputs(logp, logp_old, scores, mask):
     return *(x.masked_fill(~mask, 0) for x in (logp, logp_old.detach(), scores)), mask
 
 
-def _tokens(logp, logp_old, scores, mask, per_token=True):
-    """All in token form (B, K, T), T = 1 for sums; r, real are (B, K, 1) for sample rewards."""
-    if logp.ndim not in (2, 3) or scores.shape not in (logp.shape[:2], logp.shape)[:1 + per_token]:
+def _tokens(logp, logp_old, scores, mask, standard=None):
+    """Log-probs and mask as (B, K, T), T = 1 for sums; between them the advantages of the rewards:
+    u or C by standard(r, real), else A. Those of rewards per sample are (B, K, 1)."""
+    fitting = (logp.shape[:2],) if standard else (logp.shape[:2], logp.shape)
+    if logp.ndim not in (2, 3) or scores.shape not in fitting:
         raise ValueError(f"logp {tuple(logp.shape)} and scores {tuple(scores.shape)} do not fit: "
-                         "logp is (B, K) or (B, K, T), "
-                         f"scores are (B, K){' or (B, K, T)' * per_token}")
-    r = scores if scores.ndim == logp.ndim else scores[..., None]
+                         f"(B, K) or (B, K, T), and (B, K){'' if standard else ' or the same'}")
+    r = (scores if scores.ndim == logp.ndim else scores[..., None]).detach()
     logp, logp_old, _, mask = _inputs(logp, logp_old, r.expand_as(logp), mask)
-    logp, logp_old, r, mask = (x if x.ndim == 3 else x[..., None]
-                               for x in (logp, logp_old, r, mask))
-    r, real = _prepare(r, mask if r.shape == mask.shape else mask.any(-1, keepdim=True))
-    return logp, logp_old, r, real, mask
+    logp, logp_old, r, mask = (x.reshape(*x.shape[:2], -1) for x in (logp, logp_old, r, mask))
+    real = mask if r.shape == mask.shape else mask.any(-1, keepdim=True)
+    r = r.to(logp).mT                                                         # (B, 1 or T, K)
+    A = standard(r, real.mT) if standard else _centre(r, real.mT, (0, -1))
+    return logp, logp_old, A.mT, mask
 
 
-def _centre(r, real, dim):
+def _centre(r, real, dim=-1):
     """r minus its mean over the real entries of dim; 0 elsewhere."""
-    count = real.sum(dim, keepdim=True).clamp(min=1)
-    mean = r.masked_fill(~real, 0).sum(dim, keepdim=True) / count
+    top = r.masked_fill(~real, -torch.inf).amax(dim, keepdim=True)
+    r = (r - top).masked_fill(~real, 0)                  # first: 1e5 + {0, 1} has an inexact mean
+    mean = r.sum(dim, keepdim=True) / real.sum(dim, keepdim=True).clamp(min=1)
     return (r - mean).masked_fill(~real, 0)
 
 
-def _sample_mean(x, mask):
-    """Sum over tokens, mean over the samples that have any."""
+def _mean(x, mask):
+    """Sum over the last axis, mean over the others where it has a real entry."""
     return x.masked_fill(~mask, 0).sum() / mask.any(-1).sum().clamp(min=1)
-
-
-def _group_u(r, real):
-    """TPO's u of each sample within its prompt's group: (B, K, 1)."""
-    return standardize(r[..., 0], real[..., 0])[..., None]
-
-
-def _group_mean(x, mask):
-    """Mean over the real candidates of each group, then over the groups."""
-    return (x.masked_fill(~mask, 0).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
-
-
-def _token_mean(x, mask):
-    return x.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
 class Method(NamedTuple):
     """What the scripts know of a method; METHODS is the only place that says it."""
     loss: Callable
-    # log-probs that it takes. group: (B, K) of K completions; token: (B, K, T) of their tokens;
-    # sample: (B, K, T), and one completion per prompt suffices
-    per: str
-    # A group of equal scores has exactly zero gradient on the first epoch. Not so where A is taken
-    # from the mean of the batch (pg, ppo, dg, kondo), or where q forgets p_old
-    rests: bool
+    per: str              # group: log-probs (B, K) of K completions; token: (B, K, T) of their
+                          # tokens; sample: the same, and one completion per prompt suffices
+    rests: bool = True    # a group of equal scores has exactly zero gradient on the first epoch
+                          # (tpo: in tpo_weights). Not where A is over the batch or q forgets p_old
     pulls: bool = False   # ... and on later epochs such a group pulls back to pi_old
     epochs: int = 4       # gradient steps on each batch of rollouts that it is made for
-    takes: tuple = ()     # settings of a script that its loss takes: eta, anchor, length
+    takes: tuple = ()     # settings of a script that its loss takes
 
     def bind(self, **settings):
-        """The loss with those of the settings that it takes."""
-        return partial(self.loss, **{name: settings[name] for name in self.takes})
+        """The loss with those of the settings that it takes: eta, anchor, length, clip, beta."""
+        return partial(self.loss, **{key: settings[key] for key in self.takes if key in settings})
 
 
 METHODS = {
-    "tpo": Method(tpo_loss, "group", rests=True, pulls=True, takes=("eta", "anchor")),
+    "tpo": Method(tpo_loss, "group", pulls=True, takes=("eta", "anchor")),
     "tpo_no_anchor": Method(tpo_no_anchor_loss, "group", rests=False, pulls=True, takes=("eta",)),
-    "group_pg": Method(group_pg_loss, "group", rests=True, epochs=1),
-    "grpo": Method(grpo_loss, "group", rests=True, pulls=True),
-    "grpo_no_kl": Method(partial(grpo_loss, beta=0.0), "group", rests=True),
-    "grpo_masked": Method(grpo_masked_loss, "group", rests=True),
-    "rloo": Method(rloo_loss, "group", rests=True, epochs=1),
-    "maxrl": Method(maxrl_loss, "group", rests=True, epochs=1),
-    "rebel": Method(rebel_loss, "group", rests=True, pulls=True, takes=("eta",)),
-    "oapl": Method(oapl_loss, "group", rests=True, pulls=True),
+    "lpo": Method(partial(tpo_loss, anchor=0.0), "group", pulls=True, takes=("eta",)),
+    "lpo_rev": Method(lpo_rev_loss, "group", pulls=True, takes=("eta",)),
+    "group_pg": Method(group_pg_loss, "group", epochs=1),
+    "grpo": Method(grpo_loss, "group", pulls=True, takes=("clip", "beta")),
+    "grpo_no_kl": Method(partial(grpo_loss, beta=0.0), "group", takes=("clip",)),
+    "grpo_masked": Method(grpo_masked_loss, "group", takes=("clip", "beta")),
+    "rloo": Method(rloo_loss, "group", epochs=1),
+    "vcpo": Method(vcpo_loss, "group"),
+    "maxrl": Method(maxrl_loss, "group", epochs=1),
+    "rebel": Method(rebel_loss, "group", pulls=True, takes=("eta",)),
+    "oapl": Method(oapl_loss, "group", pulls=True),
     "pg": Method(pg_loss, "sample", rests=False, epochs=1),
-    "ppo": Method(ppo_loss, "sample", rests=False),
+    "ppo": Method(ppo_loss, "sample", rests=False, takes=("clip",)),
     "dg": Method(dg_loss, "sample", rests=False, epochs=1, takes=("eta",)),
+    "ddpg": Method(dg_loss, "sample", rests=False, epochs=1, takes=("eta",)),
     "kondo": Method(kondo_loss, "sample", rests=False, epochs=1),
-    "dr_grpo": Method(dr_grpo_loss, "token", rests=True, takes=("length",)),
-    "dapo": Method(dapo_loss, "token", rests=True),
-    "gspo": Method(gspo_loss, "token", rests=True),
-    "cispo": Method(cispo_loss, "token", rests=True)}
+    "grpo_token_ratio": Method(grpo_token_ratio_loss, "token", pulls=True, takes=("clip", "beta")),
+    "dr_grpo": Method(dr_grpo_loss, "token", takes=("length", "clip")),
+    "dapo": Method(dapo_loss, "token"),
+    "gspo": Method(gspo_loss, "token"),
+    "cispo": Method(cispo_loss, "token")}

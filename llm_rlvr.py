@@ -62,7 +62,9 @@ class Config:
     candidates: int = flag(16, "completions per prompt, K", 1)
     epochs: int = flag(1, "gradient steps on each batch of rollouts", 1)
     lr: float = flag(1e-2, "of Muon, 5 times AdamW's; up in 30 updates, then down to 0", 1e-12, 1e6)
-    eta: float = flag(1.0, "temperature of TPO's target, of dg's gate, or rebel's eta", 1e-6, 1e6)
+    eta: float = flag(1.0, "temperature of TPO's target, of dg's gate; rebel's eta", 1e-6, 1e6)
+    clip: float = flag(0.2, "of ratios, in ppo, dr_grpo and the forms of grpo", 0, 1)
+    beta: float = flag(0.04, "weight of the KL to the sampler in the forms of grpo", 0, 1e6)
     anchor: float = flag(0.25, "alpha in q ~ p_old^alpha exp(u / eta): 1 paper, 0 LPO", 0, 1e6)
     seed: int = flag(0, "of the weights, the training prompts and the sampling", 0, 2**63 - 1)
     eval_every: int = flag(50, "updates between evaluations; a checkpoint precedes each", 1)
@@ -110,7 +112,8 @@ class Trainer:
     def __init__(self, c):
         self.c, self.task, self.device = c, self.find_task(c), pick_device(c.device)
         self.method = METHODS[c.algo]           # its loss, per, rests, ...: see baselines.Method
-        self.loss = self.method.bind(eta=c.eta, anchor=c.anchor, length=c.max_new_tokens)
+        self.loss = self.method.bind(eta=c.eta, anchor=c.anchor, clip=c.clip, beta=c.beta,
+                                     length=c.max_new_tokens)
         torch.manual_seed(c.seed)
         torch.backends.cuda.enable_cudnn_sdp(False)     # it plans anew for each shape it meets
         self.vocabulary, self.model = self.build()

@@ -12,7 +12,7 @@ except ImportError:
     raise SystemExit("plots need matplotlib: pip install matplotlib")
 
 HERE = Path(__file__).parent
-LOGS = ("bandit/*", "seqtask/*", "llm/default", "llm/compare", "long/learn", "long/smol")
+LOGS = ("bandit/*", "seqtask/*", "llm/default", "llm/compare", "llm/lag", "long/learn", "long/smol")
 LOOKS = {                                                               # name and color of a curve
     "tpo": ("TPO", "#d62728"), "tpo_token": ("TPO", "#d62728"),
     "tpo:anchor=1": ("TPO α=1", "#d62728"), "tpo:anchor=0.25": ("TPO α=.25", "#e377c2"),
@@ -25,6 +25,7 @@ LOOKS = {                                                               # name a
     "pg": ("PG", "#1f77b4"), "group_pg": ("Group PG", "#9467bd"),
     "ce": ("CE", "#7f7f7f"), "ppo": ("PPO", "#8c564b"),
     "rloo": ("RLOO", "#1f77b4"), "maxrl": ("MaxRL", "#d62728"), "rebel": ("REBEL", "#2ca02c"),
+    "lpo": ("LPO", "#e377c2"), "vcpo": ("VCPO", "#1f77b4"), "ddpg": ("DDPG", "#2ca02c"),
     "oapl": ("OAPL", "#9467bd"), "dr_grpo": ("Dr. GRPO", "#ff7f0e"), "dapo": ("DAPO", "#8c564b"),
     "gspo": ("GSPO", "#e377c2"), "cispo": ("CISPO", "#bcbd22"), "kondo": ("Kondo", "#17becf")}
 TITLES = {"single": "1 context, 100 arms", "multi": "100 contexts, 10 arms", "mnist": "MNIST",
@@ -119,6 +120,20 @@ def smol(runs, path):
     save(figure, path)
 
 
+def lag(runs, path):
+    """pass@1 at the end of llm/lag.py's runs against how old the sampler is."""
+    found = {}
+    for r in runs:
+        found.setdefault(r["algo"], {}).setdefault(r["lag"], []).append(r["pass1_after"])
+    figure, [[axis]] = panels(1, 1, (6, 3.6))
+    draw(axis, {algo: [(x, *mean_and_se(values)) for x, values in sorted(at.items())]
+                for algo, at in found.items()})
+    seeds, r = len(next(iter(next(iter(found.values())).values()))), runs[0]
+    axis.set_title(f"graph coloring: pass@1 after {r['steps']} updates, {seeds} seeds", fontsize=10)
+    axis.set_xlabel("updates between the sampler and the policy")
+    save(figure, path)
+
+
 def seq(records, path):
     """Error of seqtask.py's runs against episodes, a panel per setting."""
     found = [r for r in records if r["kind"] == "curve"]
@@ -200,7 +215,7 @@ def draw(axis, curves, floor=0):
 
 if __name__ == "__main__":
     recorded = [log for name in LOGS for log in sorted(HERE.glob(f"{name}.jsonl"))]
-    kinds = {"preset": seq, "warm_steps": llm, "rewards": smol, "setting": compare}
+    kinds = {"preset": seq, "lag": lag, "warm_steps": llm, "rewards": smol, "setting": compare}
     for log in map(Path, sys.argv[1:] or recorded):
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         figure = next((kinds[key] for key in kinds if key in records[0]), bandit)

@@ -3,11 +3,12 @@
     python results/reliability/fuzz.py [--groups 100000] [--seed 0]         printed: fuzz.txt
 
 Groups of 1 to 64 candidates with fp16, bf16, fp32 or fp64 inputs, masks, scores from 1e-30 to 1e30,
-equal scores with float noise, log-probs of -1e4 and -inf, eta and anchor at random. Each batch has
-one size, dtype, eta and anchor; both sides get the same rounded inputs. Error is absolute, on q, on
-dL/dl per group and on the loss, the loss relative to max(1, |loss|). Groups with a log-prob of -inf
-are counted apart: tpo.py takes -inf as -1e9, where fp32 resolves 64 nats, so among candidates that
-the old policy could not sample fp32 is finite but cannot be exact; fp64 must be both.
+around 1e5, or equal but for float noise, log-probs of -1e4 and -inf, eta and anchor at random. Each
+batch has one size, dtype, eta and anchor; both sides get the same rounded inputs. Error is
+absolute, on q, on dL/dl per group and on the loss, the loss relative to max(1, |loss|). Groups with
+a log-prob of -inf are counted apart: tpo.py takes -inf as -1e9, where fp32 resolves 64 nats, so
+among candidates that the old policy could not sample fp32 is finite but cannot be exact; fp64 must
+be both.
 Exit status 1 if anything is not finite or an error is above the bound.
 """
 import argparse
@@ -35,9 +36,9 @@ def log_softmax(z):
 def reference(logp, logp_old, scores, eta, anchor):
     """q, loss and dL/dl of one group without masked candidates, in fp64; -inf counts as -1e9."""
     l, old = np.maximum(logp, -1e9), np.maximum(logp_old, -1e9)
-    s = scores / max(np.abs(scores).max(), np.finfo(np.float32).tiny)   # u does not depend on it
-    c = s - s.mean()
-    u = np.zeros_like(s) if np.abs(c).max() <= 1e-6 else c / np.sqrt((c * c).mean())
+    c = scores - scores.mean()
+    equal = np.abs(c).max() <= 1e-6 * np.abs(scores).max()
+    u = np.zeros_like(c) if equal else c / np.sqrt((c * c).mean())
     q = np.exp(log_softmax(anchor * old + u / eta))
     logits = log_softmax(l - (1 - anchor) * old)
     return q, -(q * logits).sum(), np.exp(logits) - q
@@ -49,7 +50,8 @@ def draw(rng, n, K):
         return rng.normal(size=(n, K))
 
     kinds = [normal(), rng.integers(0, 2, (n, K)).astype(float), normal() * 1e30, normal() * 1e-30,
-             0.1 + normal() * 1e-9, np.full((n, K), rng.normal())]
+             0.1 + normal() * 1e-9, np.full((n, K), rng.normal()),
+             1e5 + rng.integers(0, 5, (n, K))]
     scores = np.choose(rng.integers(0, len(kinds), (n, 1)), kinds)
     spread = rng.choice([0.1, 1, 20, 300], (n, 1))
     old = -np.abs(normal()) * spread
