@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -33,6 +35,7 @@ from tpo import standardize, tpo_loss, tpo_target, tpo_weights
 ROOT = Path(tpo.__file__).parent
 sys.path.append(str(ROOT / "recipes"))
 import pretrained
+import rg_score
 import text_tasks
 
 F64 = dict(dtype=torch.float64)
@@ -1476,7 +1479,8 @@ def test_cuda_in_bf16_is_near_fp32_on_a_cpu():
 
 # ---- recipes/pretrained.py, recipes/text_tasks.py ------------------------------------------------
 
-WORDS = ["<end>", "<stop>", "<bos>", "<user>", "<think>", *"abcdefghijklmnopqrstuvwxyz0123456789."]
+WORDS = ["<end>", "<stop>", "<bos>", "<user>", "<think>", *"abcdefghijklmnopqrstuvwxyz",
+         *"0123456789.<>"]
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}<user>{{ m.content }}{% endfor %}"
             "{% if not enable_thinking %}<think>{% endif %}")
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e4, "factor": 8.0, "low_freq_factor": 1.0,
@@ -1496,9 +1500,10 @@ def hub_folder(folder, family="Qwen3", ends=0, template=TEMPLATE, **settings):
         torch.nn.init.normal_(p, std=0.3)               # biases and norms must count as well
     model.save_pretrained(folder, max_shard_size="20KB")
     t = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<end>"))
-    t.pre_tokenizer = pre_tokenizers.Split(Regex("<[a-z]+>|."), "isolated")
+    t.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     t.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
-    t.add_special_tokens(WORDS[:5])
+    t.add_special_tokens(WORDS[:4])
+    t.add_tokens(WORDS[4:5])                            # not special, but the template's
     names = dict(bos_token="<bos>", eos_token="<stop>", chat_template=template)
     transformers.PreTrainedTokenizerFast(tokenizer_object=t, **names).save_pretrained(folder)
     return str(folder), model
@@ -1549,6 +1554,11 @@ def test_prompt_is_the_chat_template_or_bare_text_and_every_end_ends(
     vocabulary = pretrained.Vocabulary(*pretrained.read_folder(folder))
     assert vocabulary.decode(vocabulary.encode("a4")).replace(" ", "") == prompt
     assert vocabulary.decode([7, 41, 47]) == "c ." and vocabulary.size == 48    # 47 has no text
+    assert vocabulary.decode([7, 3, 8]) == "c <user> d"         # sampled in the midst: not hidden
+    data = "a<stop><<end>4<bos>" + "<think>" * bool(template)   # what spells one in data is text
+    ids = vocabulary.encode(data)
+    assert vocabulary.decode(ids).replace(" ", "") == prompt.replace("a4", data)
+    assert [i for i in ids if i < 5] == [i for i in vocabulary.encode("a4") if i < 5]
     assert vocabulary.ends == trainer(folder, *jsonl(tmp_path)).ends.tolist() == expected
 
 
@@ -1570,14 +1580,6 @@ def test_a_model_that_does_not_fit_is_refused_by_name(changes, words, tmp_path, 
     one_line(capsys, f"{folder} {words}", lambda: pretrained.read_folder(folder))
 
 
-def test_what_is_missing_is_one_line(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("transformers", reason="pip install transformers")
-    one_line(capsys, "no/folder", lambda: pretrained.read_folder("no/folder"))
-    one_line(capsys, f"{tmp_path} config.json", lambda: pretrained.read_folder(str(tmp_path)))
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    one_line(capsys, "pip install transformers", lambda: pretrained.read_folder(str(tmp_path)))
-
-
 def test_lora_starts_at_the_model_trains_its_branches_and_merges_in_fp32():
     torch.manual_seed(1)
     model = llm_rlvr.GPT(llm_rlvr.ModelConfig(20, 32, 2, 4, 2, 8, 48, qkv_bias=True))
@@ -1595,13 +1597,11 @@ def test_lora_starts_at_the_model_trains_its_branches_and_merges_in_fp32():
     up = model.model["layers"][0].mlp.up_proj
     assert 0.7 < up.A.std() * 32 ** 0.5 < 1.3
     torch.nn.init.normal_(up.B, std=1e-4)                       # too small for bf16's 8 bits
-    weights, plain = pretrained.merged(model), llm_rlvr.GPT(model.config)
+    weights = pretrained.merged(model)
     assert list(weights) == names and not weights["lm_head.weight"].requires_grad
     merged = weights["model.layers.0.mlp.up_proj.weight"]
     assert up.weight.dtype == torch.bfloat16 and not torch.equal(merged, up.weight.float())
     assert torch.equal(merged, up.weight.float() + 2 * up.B @ up.A)
-    plain.load_state_dict(weights)
-    close(logits(plain, ids), logits(model.float(), ids), atol=1e-5, rtol=1e-5)
 
 
 @each("extra", [[], ["--lora-rank", "2"]], ids=["full", "lora"])
@@ -1611,7 +1611,10 @@ def test_run_resume_and_export_to_transformers(extra, tmp_path, capsys):
              "--max-new-tokens", "12", "--algo", "tpo_no_anchor", "--steps", "2",
              "--eval-every", "1"]
     run = [folder, *flags, "--eval-puzzles", "2", "--device", "cpu", "--out", str(tmp_path / "out")]
+    hub_folder(tmp_path / "1")                  # in several files, with an index of the old ones
+    (tmp_path / "1/notes.txt").write_text("mine")
     pretrained.main([*run, "--export", str(tmp_path / "1")])
+    assert (tmp_path / "1/notes.txt").exists() and not list(tmp_path.glob("1/*index*"))
     assert "took jsonl from" in capsys.readouterr().out
     pretrained.main([*run, "--resume", "--export", str(tmp_path / "2")])
     ours, ids = trainer(folder, *flags).model, torch.randint(0, 48, (2, 9))
@@ -1625,35 +1628,63 @@ def test_run_resume_and_export_to_transformers(extra, tmp_path, capsys):
     before = peer.state_dict()
     moved = {name for name, x in again.state_dict().items() if not torch.equal(x, before[name])}
     assert moved and (not extra or all("_proj" in name for name in moved))
+    resource = pytest.importorskip("resource", reason="Windows cannot limit a file's size")
+    files, limit = {p: p.read_bytes() for p in tmp_path.glob("1/*")}, resource.RLIMIT_FSIZE
+    resource.setrlimit(limit, (20_000, hard := resource.getrlimit(limit)[1]))       # a full disk
+    write = partial(pretrained.export, again, tokenizer, tmp_path / "1")
+    one_line(capsys, f"--export {tmp_path}/1: cannot intact --resume", write, status=1)
+    resource.setrlimit(limit, (hard, hard))
+    assert {p: p.read_bytes() for p in tmp_path.glob("1/*")} == files
 
 
-def test_flags(tmp_path, capsys):
+def test_flags(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         pretrained.main(["--help"])
-    text = capsys.readouterr().out
-    assert "--lora-rank" in text and "--kv-heads" not in text
+    assert "--lora-rank" in (text := capsys.readouterr().out) and "--kv-heads" not in text
     c = pretrained.Config()
     assert (c.task, c.epochs, c.anchor, c.warm_steps) == ("gsm8k", 1, 0, 0)
     for flags, words in ((["--lora-rank", "-1"], "--lora-rank -1"), (["--width", "8"], "--width"),
-                         (["--algo", "tpo,grpo", "--export", "x"], "--export x one algorithm")):
+                         (["--algo", "tpo,grpo", "--export", "x"], "--export x one algorithm"),
+                         (["--export", "/dev/full"], "--export /dev/full no folder"),
+                         (["--export", f"{tmp_path}/new/x"], "DIR no such folder")):
         one_line(capsys, words, lambda: pretrained.main(["DIR", *jsonl(tmp_path), *flags]))
+    assert not (tmp_path / "new").exists()
+    pytest.importorskip("transformers", reason="pip install transformers")
+    one_line(capsys, f"{tmp_path} config.json", lambda: pretrained.read_folder(str(tmp_path)))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    one_line(capsys, "pip install transformers", lambda: pretrained.read_folder(str(tmp_path)))
 
 
-@each("text, number", [
-    ("6 + 4 = 10, so #### 1,080", 1080), ("The ANSWER is -$18.50.", -18.5), ("\u2212.5", -0.5),
-    ("12 eggs, 10-3 left", 3), ("**Answer**: 50%, not 5", 50), ("in 2020, 5 were left", 5),
-    (r"The answer is $\boxed{1{,}080}$, 3 each", 1080), ("The answer is N.", None),
-    ("The answer is 3. No: the answer is 4 of 9.", 4), ("is 18. Is this answer: right?", 18)])
-def test_number_of_an_answer(text, number):
-    assert text_tasks.final_number(text) == number
+def test_prompts_longer_than_the_context_are_told_and_left_out(tmp_path, capsys):
+    folder, _ = hub_folder(tmp_path, max_position_embeddings=30)
+    flags = jsonl(tmp_path)                             # "0+1" to "89+1" and the template's three
+    task = trainer(folder, *flags, "--max-new-tokens", "24").task
+    assert {len(text) for text, _ in task.items} == {3}
+    assert "6 tokens" in (err := capsys.readouterr().err) and "80 of 90" in err and "has 7" in err
+    one_line(capsys, "--max-new-tokens 5 tokens 10 of 10 longest 6",
+             lambda: trainer(folder, *flags, "--max-new-tokens", "25"))
+    endless = SimpleNamespace(prompt=lambda rng: ("x" * rng.randrange(1, 6), 0))
+    text_tasks.leave_out_long(endless, list, 3)
+    assert " of 100 are longer, the longest has 5" in capsys.readouterr().err
+    assert {len(endless.prompt(random.Random(i))[0]) for i in range(99)} == {1, 2, 3}
+
+
+def test_number_of_an_answer():
+    for case in logged(ROOT / "results" / "reliability" / "answers.jsonl"):
+        number = text_tasks.final_number(case["text"])
+        assert number == (case["number"] and Decimal(case["number"])), case
+    for piece in ("9", "1,", "1/", " 1", "{", r"\boxed{", r"\frac{", "= 5*", "which is", "answer:"):
+        for mark in ("", "#### ", "\\boxed{"):          # in a time that grows as the text does
+            pretrained.final_number(mark + piece * 10**4)
+    assert pretrained.final_number("#### " + "9" * 10_000) is None
 
 
 @each("shots", [0, 2])
 def test_gsm8k_splits_shots_and_score(shots, tmp_path):
     for name, numbers in (("train", range(60)), ("test", range(1000, 1020))):
-        lines = [{"question": f"{i} + 1000?", "answer": f"<<{i}+1000>> #### {i + 1000:,}"}
-                 for i in numbers]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        lines = (json.dumps({"question": f"{i} + 1000?", "answer": f"<<{i}>> #### {i + 1000:,}"})
+                 for i in numbers)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     task = text_tasks.make_task("gsm8k", str(tmp_path), shots)
     drawn = [dict(llm_rlvr.puzzles(task, random.Random(0), 400, split))
              for split in ("train", "heldout", "test")]
@@ -1672,25 +1703,40 @@ def test_gsm8k_splits_shots_and_score(shots, tmp_path):
 def test_jsonl_scores_and_bad_lines(tmp_path, capsys):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"prompt": "q", "answer": 3}\n\n{\n[1]\n{"prompt": "q", "answer": null}\n'
-                    '{"prompt": " ", "answer": 3}\n{"prompt": "\\ud800", "answer": 3}')
+                    '{"prompt": " ", "answer": 3}\n{"prompt": "\\ud800", "answer": 3}\n'
+                    '{"prompt": "q", "answer": NaN}\n{"prompt": "q", "answer": true}')
     task, err = text_tasks.make_task("jsonl", str(path), 0), capsys.readouterr().err
-    assert task.items == [("q", "3")] and err.count("\n") == 1
-    assert "5 of 7 lines" in err and ": 3, 4, 5, 6, 7" in err
-    for key, text, score in (("3.5", "so 7/2 = 3.50.", 1), ("3.5", "3", 0), ("3.5", "", 0),
-                             ("Yes, so", "Hm.\n answer: yes, SO \n\n", 1), ("Yes", "yes\nno", 0)):
-        assert task.check(key, text) == score
+    assert task.items == [("q", 3)] and err.count("\n") == 1
+    assert "7 of 9 lines" in err and ": 3, 4, 5, 6, 7, 8, 9" in err
+    for key, text, score in (
+            ("3.5", "so 7/2 = 3.50.", 1), ("3.5", "3", 0), ("3.5", "", 0), ("1e-05", "0.00001", 1),
+            ("2.5e16", "It is 25,000,000,000,000,000", 1), ('"0"', "0.0", 1), ("0", "none", 0),
+            ('"Yes, so"', "Hm.\n answer: yes, SO \n\n", 1), ('"Yes"', "yes\nno", 0),
+            (r'"a\nb"', "b", 0), (r'"a\nb"', "A \n\n b\n", 1), (r'"a\nb"', "c\na\nb", 0),
+            (r'"a\nb"', "Hm.\nAnswer:\na\nb", 1), (r'"a\nb"', "", 0)):
+        path.write_text(f'{{"prompt": "q", "answer": {key}}}')
+        (_, answer), = text_tasks.Jsonl(path).items
+        assert task.check(answer, text) == score, (key, text)
 
 
-def test_reasoning_gym(capsys):
+def test_reasoning_gym_scores_in_a_process_of_its_own_slow(capsys, monkeypatch):
     pytest.importorskip("reasoning_gym", reason="pip install reasoning-gym")
-    task = text_tasks.make_task("rg:chain_sum", "", 0)
+    task = text_tasks.make_task("rg:countdown", "", 0)
     text, entry = task.prompt(random.Random(0))
-    right = entry["answer"]
+    right, scorer, score = entry["metadata"]["expression"], task.scorer, partial(task.check, entry)
     assert entry["question"] in text and "<answer>" in text
-    assert task.check(entry, f"<answer>z</answer> no: <answer>\n{right} </answer>.") == 1
-    assert task.check(entry, f" {right}\n") == 1 > task.check(entry, f"{right} <answer>z</answer>")
-    primes = text_tasks.make_task("rg:prime_factorization", "", 0)          # it raises on "z"
-    assert primes.check(primes.prompt(random.Random(0))[1], "z") == 0
+    assert score(f"<answer>z</answer> no: <answer>\n{right} </answer>.") == 1
+    assert score(f" {right}\n") == 1 > score(f"{right} <answer>z</answer>")
+    assert score("print(1)") + score("input()") + score("'a' * 10**12") < 0.1 and not scorer.told()
+    monkeypatch.setattr(rg_score, "SECONDS", 1)
+    for deadly, reason in (("7**8**9", "over 1 s"), ("__import__('os')._exit(3)", "ended (3)")):
+        assert score(deadly) == 0 and score(right) == 1
+        assert "failed: 1, " in (line := scorer.told()) and reason in line
+    data = SimpleNamespace(score_answer=lambda answer, entry: eval(answer))
+    for answer in ("exit()", "1/0", "None", "'x'", "float('nan')", "1j"):
+        assert rg_score.grade(data, answer, {})[0] == 0 < len(rg_score.grade(data, answer, {})[1])
+    scorer.child.stdin.close()                          # as when the program ends
+    assert scorer.child.wait(9) == 0
     one_line(capsys, "rg:chess9 factory.DATASETS", lambda: text_tasks.make_task("rg:chess9", "", 0))
 
 

@@ -5,11 +5,12 @@
     python recipes/pretrained.py DIR --task jsonl --data FILE.jsonl      your own lines
     python recipes/pretrained.py DIR --task rg:chain_sum                 pip install reasoning-gym
 
-transformers (tested: 4.56.2, 4.57.6, 5.24.0) reads and writes config, weights and tokenizer. The
-weights go into llm_rlvr.GPT under the same names, so that its sampler and its shared-prompt
-forward are used; a model that GPT cannot be is refused. A prompt is one user message in the
-model's chat template, or the bare text if it has none; a completion ends at any of the model's
-end tokens. One device: for several, see recipes/trl_tpo.py and recipes/verl_tpo.py.
+hf_folder.py reads and writes the folder by transformers, text_tasks.py has the tasks, and
+final_number (answers.py) is GSM8K's reward for any trainer. The weights go into llm_rlvr.GPT under
+the same names, so that its sampler and its shared-prompt forward are used. A prompt is one user
+message in the model's chat template, or the bare text if it has none; what reads like a control
+token in it is text, and one that the model's context does not hold is left out. A completion ends
+at any of the model's end tokens. One device: for more, see trl_tpo.py, verl_tpo.py, tinker_tpo.py.
 """
 import os
 import sys
@@ -22,8 +23,9 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import llm_rlvr
-from llm_rlvr import GPT, ModelConfig, fail, flag
-from text_tasks import make_task
+from hf_folder import Vocabulary, as_gpt, export, read_folder
+from llm_rlvr import fail, flag
+from text_tasks import final_number, leave_out_long, make_task
 
 
 # --------------------------------------------------------------------------------------- settings
@@ -56,90 +58,6 @@ class Config(llm_rlvr.Config):
     width: int = 128
     heads: int = 4
     kv_heads: int = 2
-
-
-# ------------------------------------------------------------------------------- model and tokens
-INSTALL = 'pip install "transformers>=4.56,<6"'
-FAMILIES = "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
-PLAIN = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False,
-             quantization_config=None)
-ROPES = "default", "linear", "llama3"       # the same at every length; cos and sin are not scaled
-
-
-def read_folder(folder):
-    """transformers' model of a folder, in fp32 on the CPU, and its tokenizer."""
-    if not os.path.isdir(folder):
-        fail(f"DIR {folder!r}: there is no such folder")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        import transformers
-    except ImportError:
-        fail(f"transformers is missing: {INSTALL}")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()            # not its table of unfit weights
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        refuse(folder, "architectures", config.architectures, [[name] for name in FAMILIES])
-        for name, allowed in PLAIN.items():
-            refuse(folder, name, getattr(config, name, allowed), [allowed])
-        library, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception as error:                      # a damaged file raises one of many types
-        reason = str(error).split("\n")[0]
-        fail(f"{folder} cannot be read ({type(error).__name__}: {reason})")
-    for kind in ("missing_keys", "unexpected_keys"):
-        refuse(folder, kind, sorted(info[kind])[:1], [[]])
-    refuse(folder, "rope_type", library.model.rotary_emb.rope_type, ROPES)
-    return library, tokenizer
-
-
-def refuse(folder, name, value, allowed):
-    """End the program if the model is none that our GPT can be."""
-    if value not in allowed:
-        fail(f"{folder} has {name} {value!r}; allowed: {', '.join(map(repr, allowed))}")
-
-
-def as_gpt(library):
-    """Our GPT on the weights of transformers' model."""
-    c, weights = library.config, library.state_dict()
-    attention = "model.layers.0.self_attn."
-    with torch.device("meta"):                      # no time for random weights
-        model = GPT(ModelConfig(
-            c.vocab_size, c.hidden_size, c.num_hidden_layers, c.num_attention_heads,
-            c.num_key_value_heads, library.model.layers[0].self_attn.head_dim, c.intermediate_size,
-            qkv_bias=attention + "q_proj.bias" in weights, eps=c.rms_norm_eps))
-        if attention + "q_norm.weight" not in weights:          # only Qwen3 has them
-            for block in model.model["layers"]:
-                block.self_attn.q_norm = block.self_attn.k_norm = nn.Identity()
-    model.load_state_dict(weights, assign=True)
-    if c.tie_word_embeddings:
-        model.lm_head.weight = model.model["embed_tokens"].weight
-    model.inv_freq = library.model.rotary_emb.inv_freq
-    return model
-
-
-class Vocabulary:
-    """The model's tokens and, of its generation_config.json, the end tokens."""
-
-    def __init__(self, library, tokenizer):
-        self.tokenizer, self.size = tokenizer, library.config.vocab_size
-        ends = library.generation_config.eos_token_id
-        if ends is None:
-            ends = tokenizer.eos_token_id
-        if ends is None:
-            fail(f"{tokenizer.name_or_path} names no end token; allowed are models that have one")
-        self.ends = ends if isinstance(ends, list) else [ends]
-
-    def encode(self, text):
-        if not self.tokenizer.chat_template:
-            return self.tokenizer(text).input_ids
-        message = {"role": "user", "content": text}
-        return self.tokenizer.apply_chat_template(
-            [message], add_generation_prompt=True, enable_thinking=False, return_dict=False)
-
-    def decode(self, ids):
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 # ------------------------------------------------------------------------------------------- LoRA
@@ -185,10 +103,11 @@ class Pretrained(llm_rlvr.Trainer):
             fail(f"--lora-rank {c.lora_rank}: allowed are 0 or more")
         if c.export and "," in c.algo:
             fail(f"--export {c.export}: allowed with one algorithm, not with a list")
-        try:
-            os.makedirs(c.export or ".", exist_ok=True)
-        except OSError as error:
-            fail(f"--export {c.export}: cannot be written ({error.strerror})")
+        if c.export:                            # made at the end, refused now
+            path = Path(c.export)
+            place = next(p for p in (path, *path.parents) if os.path.lexists(p))
+            if not (place.is_dir() and os.access(place, os.W_OK)):
+                fail(f"--export {c.export}: {place} is no folder that can be written to")
         return make_task(c.task, c.data, c.shots)
 
     def build(self):
@@ -197,19 +116,26 @@ class Pretrained(llm_rlvr.Trainer):
         if self.c.lora_rank:
             cuda = self.device.type == "cuda"
             add_lora(model, self.c.lora_rank, torch.bfloat16 if cuda else torch.float32)
-        return Vocabulary(library, tokenizer), model
+        vocabulary = Vocabulary(library, tokenizer)
+        room = library.config.max_position_embeddings - self.c.max_new_tokens
+        leave_out_long(self.task, vocabulary.encode, room)
+        return vocabulary, model
 
     def make_optimizers(self):
         return [(torch.optim.AdamW(self.trained, **llm_rlvr.ADAMW), 1.0)]
+
+    def evaluate(self):
+        result, scorer = super().evaluate(), getattr(self.task, "scorer", None)
+        if scorer and (line := scorer.told()):
+            print(line)
+        return result
 
     def run(self, folder, stop=()):
         records = super().run(folder, stop)
         if self.c.export:
             library, tokenizer = read_folder(self.c.init_from)
             library.load_state_dict(merged(self.model))
-            library.save_pretrained(self.c.export)
-            tokenizer.save_pretrained(self.c.export)
-            print(f"wrote the model to {self.c.export}")
+            export(library, tokenizer, Path(self.c.export))
         return records
 
 

@@ -4,6 +4,7 @@ Each has prompt(rng) -> (text, key) and check(key, answer) -> score, as llm_rlvr
 and no guess: a pretrained model needs no warm start. check is a reward for any other trainer.
 """
 import json
+import random
 import re
 import sys
 from copy import copy
@@ -11,29 +12,15 @@ from decimal import Decimal
 from functools import cache
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from answers import final_lines, final_number, number_or_text
 from llm_rlvr import TASKS, fail, hash_split
-
-# the minus of 5-3 is no sign
-NUMBER = r"(?:(?<![\w)])[-\u2212])?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
-MARK = r"####|\\boxed\{|answer(?: is|\W{0,2}:)"
+from rg_score import Scorer
 
 
-def final_number(text):
-    r"""The number after the last ####, \boxed{, "answer is" or "answer:", else the text's last."""
-    text = text.replace("{,}", ",")                                       # LaTeX writes 1{,}080
-    *before, tail = re.split(MARK, text, flags=re.IGNORECASE)
-    numbers = before and re.findall(NUMBER, tail)[:1] or re.findall(NUMBER, text)[-1:]
-    return Decimal(re.sub("[$,]", "", numbers[0]).replace("\u2212", "-")) if numbers else None
-
-
-def final_line(text):
-    line = (text.strip().splitlines() or [""])[-1]
-    return line.strip().casefold().removeprefix("answer:").strip()
-
-
-def read_jsonl(path, name, wanted, form):
-    """{text: answer} of the lines {name: text, "answer": answer}; the others are left out."""
+def read_jsonl(path, name, read, form):
+    """{text: answer} of the lines {name: text, "answer": answer} whose answer read does not make
+    None; the others are left out."""
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
@@ -41,13 +28,13 @@ def read_jsonl(path, name, wanted, form):
     found, bad = {}, []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_float=Decimal, parse_int=Decimal)      # 1e-05 is .00001
             text, answer = row[name], row["answer"]
-            fine = text.encode().strip() and type(answer) in (str, int, float)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            fine = text.encode().strip() and read(answer) is not None
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             fine = False
-        if fine and re.search(wanted, str(answer)):
-            found[text] = str(answer)
+        if fine:
+            found[text] = answer
         elif line.strip():
             bad.append(str(number))
     form = f'{{"{name}": text, "answer": {form}}}'
@@ -58,14 +45,18 @@ def read_jsonl(path, name, wanted, form):
     return found or fail(f"--data {path}: has no line {form}")
 
 
+def solution(answer):
+    return final_number(answer) if "####" in answer else None
+
+
 class Gsm8k:
     """School math in words (Cobbe et al., arXiv 2110.14168). A tenth of train.jsonl is heldout."""
     defaults = {}
 
     def __init__(self, folder, shots):
         files = (Path(folder) / name for name in ("train.jsonl", "test.jsonl"))
-        solved = r"####\s*" + NUMBER, "text with #### number"
-        train, test = (read_jsonl(path, "question", *solved) for path in files)
+        train, test = (read_jsonl(path, "question", solution, "text with #### number")
+                       for path in files)
         part = {q: "heldout" if hash_split(q) == "heldout" else "train" for q in train}
         part |= dict.fromkeys(test, "test")
         shown = [q for q in part if part[q] == "train"][:shots]    # in every prompt: not asked
@@ -87,19 +78,22 @@ class Gsm8k:
 
 
 class Jsonl:
-    """Lines {"prompt": text, "answer": text or number}: numbers compare by value, text by the last
-    line."""
+    """Lines {"prompt": text, "answer": text or number}. Numbers compare by value; a text of one
+    line with the last line, one of several with all of them behind the last "answer:"."""
     defaults = {}
 
     def __init__(self, path):
-        self.items = list(read_jsonl(path, "prompt", r"\S", "text or number").items())
+        lines = read_jsonl(path, "prompt", number_or_text, "text or number")
+        self.items = [(text, number_or_text(answer)) for text, answer in lines.items()]
 
     def prompt(self, rng):
         return rng.choice(self.items)
 
     def check(self, key, answer):
-        read = final_number if re.fullmatch(NUMBER, key.strip()) else final_line
-        return float(read(answer) == read(key))
+        if isinstance(key, Decimal):
+            return float(final_number(answer) == key)
+        several = len(key.strip().splitlines()) > 1
+        return float(final_lines(answer, several) == final_lines(key, several))
 
 
 class ReasoningGym:
@@ -117,17 +111,16 @@ class ReasoningGym:
             self.data = reasoning_gym.create_dataset(name, seed=0, size=self.size)
         except (ValueError, AssertionError) as error:
             fail(f"--task rg:{name}: {error}; allowed: keys of reasoning_gym.factory.DATASETS")
+        self.scorer = Scorer(name)
 
     def prompt(self, rng):
         entry = self.data[rng.randrange(self.size)]
         return f"{entry['question'].strip()}\nPut the final answer inside <answer></answer>.", entry
 
     def check(self, key, answer):
-        tagged = re.findall("<answer>(.*?)</answer>", answer, re.DOTALL)
-        try:
-            return float(self.data.score_answer((tagged or [answer])[-1].strip(), key))
-        except Exception:                        # some raise on an answer that they cannot read
-            return 0.0
+        before, closed, _ = answer.rpartition("</answer>")
+        _, opened, tagged = before.rpartition("<answer>")
+        return self.scorer.score((tagged if closed and opened else answer).strip(), key)
 
 
 @cache
@@ -149,3 +142,29 @@ def make_task(name, data, shots):
     if name == "gsm8k":
         return Gsm8k(data, shots)
     return Jsonl(data) if name == "jsonl" else ReasoningGym(name.removeprefix("rg:"))
+
+
+def leave_out_long(task, encode, room):
+    """Take from a task the prompts of more than room tokens, and tell how many there are."""
+    draw, rng = task.prompt, random.Random(0)
+    endless = not hasattr(task, "items")
+    items = [draw(rng) for _ in range(100)] if endless else task.items
+    lengths = [len(encode(text)) for text, _ in items]
+    long = sum(length > room for length in lengths)
+    told = (f"--max-new-tokens leaves {room} tokens of the model's context to a prompt: {long} of "
+            f"{len(items)} are longer, the longest has {max(lengths)}")
+    if long == len(items):
+        fail(told)
+    if long:
+        print(f"{told}; they are left out", file=sys.stderr)
+
+    def prompt(rng):
+        while True:
+            text, key = draw(rng)
+            if len(encode(text)) <= room:
+                return text, key
+
+    if endless:
+        task.prompt = prompt
+    else:
+        task.items = [item for item, length in zip(items, lengths) if length <= room]
