@@ -19,13 +19,17 @@ A training pass computes each distinct prefix once (see Tree) and skips what has
 gradient (see episode).
 """
 import argparse
+import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import platform
 import sys
-import tempfile
 import time
+import uuid
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -538,8 +542,8 @@ def train(run, device, share, diagnose=False, checkpoint=None):
     groups = [[s] for s in range(run.seeds)] if share else [range(run.seeds)]
     parts = [Seeds(run, seeds, device) for seeds in groups]
     kind = {**run._asdict(), "diagnose": diagnose, "share": share}
-    rows, start = [], time.time()                       # a row per episode
-    saved = load(checkpoint)
+    rows, start = [], time.monotonic()                     # a row per episode
+    saved = load(checkpoint) if checkpoint else None
     if saved and saved["kind"] == kind:
         for part, was in zip(parts, saved["parts"]):
             part.restore(was)
@@ -547,20 +551,20 @@ def train(run, device, share, diagnose=False, checkpoint=None):
         print(f"  goes on after episode {len(rows):,d}, from {checkpoint}")
     elif saved:
         print(f"  {checkpoint} is of another run, and replaced in a minute")
-    said = written = time.time()
+    said = written = time.monotonic()
     for done in range(len(rows) + 1, run.episodes + 1):
         each = [part.episode(run, share, diagnose) for part in parts]
         rows.append({name: torch.cat([row[name] for row in each]) for name in each[0]})
-        seconds = time.time() - start
-        if time.time() - said > 10 or done == run.episodes:
+        seconds = time.monotonic() - start
+        if time.monotonic() - said > 10 or done == run.episodes:
             progress(run, parts, done, rows[-1]["error"].mean(), done / seconds)
-            said = time.time()
-        if checkpoint and time.time() - written > EVERY:
-            write(checkpoint, dict(kind=kind, rows=rows, seconds=seconds,
-                                   parts=[part.state() for part in parts]))
-            written = time.time()
+            said = time.monotonic()
+        if checkpoint and time.monotonic() - written > EVERY:
+            save(checkpoint, dict(kind=kind, rows=rows, seconds=seconds,
+                                  parts=[part.state() for part in parts]))
+            written = time.monotonic()
     columns = {name: torch.stack([row[name].cpu() for row in rows]) for name in rows[0]}
-    return columns.pop("error"), columns, time.time() - start
+    return columns.pop("error"), columns, time.monotonic() - start
 
 
 def progress(run, parts, done, error, speed):
@@ -568,8 +572,7 @@ def progress(run, parts, done, error, speed):
         fail(f"{run.algo}: weights that are not finite by episode {done}; "
              f"try a lower --lr (now {run.lr:g})")
     print(f"  {run.algo:13s} episode {done:5,d}/{run.episodes:,d}   error {error:7.2%}   "
-          f"{speed * run.seeds:5.1f} seed-episodes/s   {(run.episodes - done) / speed:4.0f} s left",
-          flush=True)
+          f"{speed * run.seeds:5.1f} seed-episodes/s   {(run.episodes - done) / speed:4.0f} s left")
 
 
 # ---- records -------------------------------------------------------------------------------------
@@ -630,34 +633,72 @@ def fail(message):
     raise SystemExit(2)
 
 
-def write(path, value):
-    """The lines of a log, or a dict by torch.save. Beside the file, then renamed: path is never
-    half-written."""
-    temporary = Path(f"{path}.part")
+@contextmanager
+def alone(path):
+    """Hold path, a log, or stop with the name of the run that does. The system drops the lock of a
+    process that ends, however it ends; the file stays."""
     try:
-        with temporary.open("wb") as f:
-            if isinstance(value, dict):
-                torch.save(value, f)
-            else:
-                f.writelines(json.dumps(line).encode() + b"\n" for line in value)
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")
+        lock = open(f"{path}.lock", "a+", encoding="utf-8")
+    except OSError as error:
+        fail(f"--out {path}: allowed are files in a folder you can write to ({error})")
+    with lock:
+        try:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            fail(f"--out {path}: {lock.read()} is writing it; give another file")
+        except (ImportError, OSError):                  # Windows, or a disk without locks
+            pass
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        yield
+
+
+def write(path, data, previous=None):
+    """Bytes to a file that no other process makes, then renamed: path is never half-written. What
+    stood there goes to previous."""
+    temporary = Path(f"{path}.{uuid.uuid4().hex}.part")
+    try:
+        with temporary.open("xb") as f:
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:            # of torch.save, if the disk is full
-        temporary.unlink(missing_ok=True)
-        why = str(error).splitlines()[0]
-        fail(f"--out: cannot write {path} ({why}); what stood there is intact")
+    except OSError as error:
+        fail(f"--out: cannot write {path} ({error}); what stood there is intact")
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def older(checkpoint):
+    return Path(f"{checkpoint}.previous")
+
+
+def save(checkpoint, state):
+    """By torch.save, behind the SHA-256 of its bytes. The last checkpoint is kept beside it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    write(checkpoint, hashlib.sha256(data).digest() + data, older(checkpoint))
 
 
 def load(checkpoint):
-    """What was written to checkpoint, a path or None; {} without a file."""
-    if not checkpoint or not checkpoint.exists():
-        return {}
-    try:
-        return torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:                          # a damaged file raises one of many types
-        why = type(error).__name__
-        fail(f"--out: {checkpoint} cannot be read ({why}), it is damaged: delete it")
+    """The state saved there or, with that file gone, before; None without either."""
+    found = [path for path in (checkpoint, older(checkpoint)) if path.exists()]
+    if not found:
+        return None
+    data = found[0].read_bytes()
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        again = f"go on from {found[1]}, the one before it" if found[1:] else "start over"
+        fail(f"--out: {found[0]} is damaged (its checksum differs): delete it to {again}")
+    return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
 
 
 def read(path):
@@ -676,14 +717,6 @@ def read(path):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(message)
-
-
-def writable(path):
-    try:
-        tempfile.TemporaryFile(dir=Path(path).parent).close()
-        return not Path(path).is_dir()
-    except OSError:
-        return False
 
 
 CHOICES = {"target": ("copy", "flip", "reverse_copy", "reverse_flip"),
@@ -748,8 +781,6 @@ def parse(argv):
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     if cfg.device not in devices:
         fail(f"--device {cfg.device}: allowed are {', '.join(devices)}")
-    if cfg.out and not writable(cfg.out):
-        fail(f"--out {cfg.out}: allowed are files in a folder you can write to")
     return cfg, grid(cfg)
 
 
@@ -788,15 +819,21 @@ def check(cfg, run):
 def main(argv=None):
     cfg, runs = parse(argv)
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")    # else sums in MKL depend on addresses:
-    log = read(cfg.out)                                 # resumes would differ
+    command = " ".join(sys.argv[1:] if argv is None else argv)      # resumes would differ
+    with alone(Path(cfg.out).resolve()) if cfg.out else nullcontext():
+        report(train_all(cfg, runs, command))
+
+
+def train_all(cfg, runs, command):
+    """The results of the runs, those that the log has already included."""
+    log = read(cfg.out)
     recorded = {run_of(r) for r in log if r["kind"] == "result"}
     if not log:
-        command = " ".join(sys.argv[1:] if argv is None else argv)
         log = [{"kind": "config", "command": f"python seqtask.py {command}", **asdict(cfg)}]
     checkpoint = Path(f"{cfg.out}.checkpoint") if cfg.out else None
     for i, run in enumerate(runs):
         setting = " ".join(run.words)
-        print(f"{i + 1}/{len(runs)} {run.algo}: {setting}, seeds {run.seeds}", flush=True)
+        print(f"{i + 1}/{len(runs)} {run.algo}: {setting}, seeds {run.seeds}")
         if run in recorded:
             print(f"  is in {cfg.out} already: not run again")
             continue
@@ -810,10 +847,15 @@ def main(argv=None):
             fail(f"interrupted{again}")
         log += records(run, *trained)
         if cfg.out:
-            write(cfg.out, log)
+            write(cfg.out, "".join(json.dumps(line) + "\n" for line in log).encode())
             checkpoint.unlink(missing_ok=True)
-    report([r for r in log if r["kind"] == "result" and run_of(r) in runs])
+            older(checkpoint).unlink(missing_ok=True)
+    return [r for r in log if r["kind"] == "result" and run_of(r) in runs]
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)   # a locale may have no ±
+    try:
+        main()
+    except BrokenPipeError:                             # what reads the output, | head, has gone
+        os._exit(1)
