@@ -15,8 +15,6 @@ all before it are right; terminal 1 on every token if all H are right, else 0. E
 S seeds train side by side: every parameter has a leading axis S (on a CPU S = 1, see train).
 B prompts, K candidates, H length, V vocabulary, L tokens of a sequence as input (2H - 1, as the
 last one is never read), N sequences: B * K, or B where one suffices or candidates are next tokens.
-A training pass computes each distinct prefix once (see Tree) and skips what has exactly no
-gradient (see episode).
 """
 import argparse
 import hashlib
@@ -30,43 +28,41 @@ import sys
 import time
 import uuid
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from baselines import METHODS
-from tpo import standardize, tpo_target, tpo_weights
+from baselines import METHODS, tpo_no_anchor_loss
+from tpo import standardize, tpo_loss, tpo_target, tpo_weights
 
 # K next tokens at each prefix of one completion in place of K completions
 TOKEN = {name + "_token": METHODS[name]._replace(per="next") for name in ("tpo", "grpo")}
 ALGOS = METHODS | TOKEN
 SINGLE = [name for name, method in ALGOS.items() if method.per == "sample"]
 GROUPED = [name for name, method in ALGOS.items() if method.per in ("group", "token")]
-DIAGNOSED = [name for name in GROUPED                           # those that weigh by q or by u
-             if name not in ("rloo", "maxrl", "rebel", "oapl", "dr_grpo")]
 LAYERS, WIDTH, HEADS = 2, 64, 2
 EVERY = 60                                                      # seconds between checkpoints
 
 
-SECTION4 = dict(length="8", candidates="32", batch=256, episodes=2000, seeds=20)
-DENSE = dict(reward="bag", length="10", episodes=1000)
-TERMINAL = dict(length="10", episodes=2000, seeds=20)
+DENSE = "--reward bag --length 10 --episodes 1000"
+TERMINAL = "--length 10 --episodes 2000 --seeds 20"
+SECTION4 = "--length 8 --candidates 32 --batch 256 --episodes 2000 --seeds 20"
 PRESETS = {
-    "table1": DENSE | dict(algo="tpo_token,grpo_token,dg,ppo", vocab="2,4,8,16", seeds=20),
-    "table2": DENSE | dict(algo="tpo_token,grpo_token,dg,ppo", reward="bag,sequential", seeds=10,
-                           target="copy,flip,reverse_copy,reverse_flip"),
-    "table3": TERMINAL | dict(algo="tpo,grpo,grpo_no_kl,ppo,dg", length="7,8,9,10",
-                              match="prompts,interactions"),
-    "fig8": TERMINAL | dict(algo="tpo,tpo_no_anchor,group_pg,grpo_no_kl"),
-    "eta": DENSE | dict(algo="tpo_token", eta=".25,.5,1,2,4", seeds=10),
-    "ksweep": SECTION4 | dict(algo="tpo,grpo", candidates="4,8,16,32,64"),
-    "epochs": SECTION4 | dict(algo="tpo,grpo", epochs="1,2,4,8,16"),
-    "masking": SECTION4 | dict(algo="tpo,grpo,grpo_masked"),
-    "dg-epochs": SECTION4 | dict(algo="dg", dg_epochs="1,4"),
-    "section4": SECTION4 | dict(algo="tpo,grpo", diagnostics=True)}
+    "table1": f"{DENSE} --algo tpo_token,grpo_token,dg,ppo --vocab 2,4,8,16 --seeds 20",
+    "table2": f"{DENSE} --algo tpo_token,grpo_token,dg,ppo --reward bag,sequential --seeds 10 "
+              "--target copy,flip,reverse_copy,reverse_flip",
+    "table3": f"{TERMINAL} --algo tpo,grpo,grpo_no_kl,ppo,dg --length 7,8,9,10 "
+              "--match prompts,interactions",
+    "fig8": f"{TERMINAL} --algo tpo,tpo_no_anchor,group_pg,grpo_no_kl",
+    "eta": f"{DENSE} --algo tpo_token --eta .25,.5,1,2,4 --seeds 10",
+    "ksweep": f"{SECTION4} --algo tpo,grpo --candidates 4,8,16,32,64",
+    "epochs": f"{SECTION4} --algo tpo,grpo --epochs 1,2,4,8,16",
+    "masking": f"{SECTION4} --algo tpo,grpo,grpo_masked",
+    "dg-epochs": f"{SECTION4} --algo dg --dg-epochs 1,4",
+    "section4": f"{SECTION4} --algo tpo,grpo --diagnostics"}
 
 
 def flag(default, help):
@@ -124,24 +120,27 @@ class Run(NamedTuple):
         return self.candidates if self.match == "interactions" and self.algo in SINGLE else 1
 
     @property
+    def loss(self):
+        return ALGOS[self.algo].bind(eta=self.eta, anchor=1.0, length=self.length)
+
+    @property
+    def has_target(self):                                       # weighs by p - q
+        return self.loss.func in (tpo_loss, tpo_no_anchor_loss)
+
+    @property
     def words(self):
         return (self.target, self.reward, f"H {self.length}", f"V {self.vocab}",
                 f"K {self.candidates}", f"B {self.batch}", f"E {self.epochs}", f"eta {self.eta:g}",
                 self.match)
 
 
-def run_of(result):
-    return Run(*(result[name] for name in Run._fields))
-
-
 # ---- the algorithm: sample, score, weigh, fit ----------------------------------------------------
 
-def episode(run, P, optimizer, prompts, uniform, started, share, diagnose=False):
+def episode(run, P, optimizer, prompts, uniform, started, diagnose=False):
     """One batch of rollouts and its gradient epochs. prompts (S, B, H), uniform (S, B, n, H);
-    started (S,), bool, tells which seeds have ever had a gradient, and is updated. With share
-    (S = 1) equal prefixes are computed once. Returns the error (S,) and the diagnostics, each (S,).
-    """
-    y, choice, logp_old = sample(run, P, prompts, uniform, share)
+    started (S,), bool, tells which seeds have ever had a gradient, and is updated. Returns the
+    error (S,) and the diagnostics, each (S,)."""
+    y, choice, logp_old = sample(run, P, prompts, uniform)
     r, scores = score(run, prompts, y, choice)
     w = weights(run, logp_old, logp_old, scores)        # the first epoch's: p = p_old is known
     kept = (w != 0).flatten(2).any(-1)                  # (S, N) no weight, no gradient
@@ -152,10 +151,10 @@ def episode(run, P, optimizer, prompts, uniform, started, share, diagnose=False)
         if epoch == 1:                                  # a seed that has never moved has p = p_old
             kept = can_pull(run, choice, scores) & started[:, None]
         if epoch < 2:
-            nodes, index = locate(run, sequences, choice, kept, share)
+            nodes, index = locate(run, sequences, choice, kept)
         for p in P.values():
             p.grad = torch.zeros_like(p)
-        if not share or kept.any():                     # else momentum alone moves the weights
+        if len(prompts) > 1 or kept.any():              # else momentum alone moves the weights
             logp = forward(P, nodes, run.length).flatten(1).gather(1, index).view_as(logp_old)
             if epoch > 0:
                 w = weights(run, logp.detach(), logp_old, scores)
@@ -168,10 +167,10 @@ def episode(run, P, optimizer, prompts, uniform, started, share, diagnose=False)
     return 1 - r.mean((1, 2, 3)), notes
 
 
-def sample(run, P, prompts, uniform, share):
+def sample(run, P, prompts, uniform):
     """Answers y (S, N, H); the tokens to weigh (S, N, H, C), C = 1 those of y, or C = K next ones;
     and their log-probs."""
-    y, logp = rollout(P, prompts, uniform[:, :, :run.K].flatten(1, 2), share)
+    y, logp = rollout(P, prompts, uniform[:, :, :run.K].flatten(1, 2))
     choice = y[..., None]
     if run.algo in TOKEN:                               # the first candidate is the one written
         others = inverse_cdf(logp[:, :, None], uniform[:, :, 1:])              # (S, B, K - 1, H)
@@ -202,21 +201,20 @@ def weights(run, logp, logp_old, scores):
         l, l_old = (x.view(*scores.shape[:2], run.K, -1) for x in (l, l_old))  # (S, B, K, H)
     if per == "group":
         l, l_old = l.sum(-1), l_old.sum(-1)                                    # (S, B, K)
-    if run.algo.startswith("tpo"):
-        if run.algo == "tpo_no_anchor":
-            l_old = torch.zeros_like(l)
-        w = tpo_weights(l, l_old, scores, run.eta) * len(l)      # its mean is over the seeds too
+    if run.algo == "tpo_no_anchor":
+        l_old = torch.zeros_like(l)
+    if run.has_target:                                           # its mean is over the seeds too
+        w = tpo_weights(l, l_old, scores, **run.loss.keywords) * len(l)
     else:
-        loss = ALGOS[run.algo].bind(eta=run.eta, length=run.length)
         l = l.detach().requires_grad_()
-        w, = torch.autograd.grad(sum(map(loss, l, l_old, scores)), l)
+        w, = torch.autograd.grad(sum(map(run.loss, l, l_old, scores)), l)
     return w.view(*shape[:2], 1, 1).expand(shape) if per == "group" else w.reshape(shape)
 
 
 def can_pull(run, choice, scores):
     """(S, N) bool: answers that can have a gradient on a later epoch, when p has left p_old."""
     S, B = scores.shape[:2]
-    if run.algo.startswith("tpo"):                      # K equal candidates: p = q = 1 / K for ever
+    if run.has_target:                                  # K equal candidates: p = q = 1 / K for ever
         if run.algo in GROUPED:
             choice = choice.view(S, B, run.K, -1).mT
         groups = choice != choice[..., :1]                                     # (S, B, H, K)
@@ -229,24 +227,24 @@ def can_pull(run, choice, scores):
     return groups.flatten(2).any(-1).repeat_interleave(run.K, 1)
 
 
-def locate(run, sequences, choice, kept, share):
+def locate(run, sequences, choice, kept):
     """The tree of the rows kept, and where each token to weigh stands in its table (S, answers *
     V). A row left out becomes a copy of one kept; it has no weight."""
-    if share:
+    if len(kept) == 1:
         one = sequences[:, kept[0].int().argmax()]                             # (1, L)
         sequences = sequences.where(kept[..., None], one[:, None])
-    nodes = tree(sequences, run.length, run.vocab, run.K, share)
+    nodes = tree(sequences, run.length, run.vocab, run.K)
     node = nodes.node[..., run.length - 1:, None]                              # (S, N, H, 1)
     return nodes, (node * run.vocab + choice).flatten(1)
 
 
 def diagnostics(run, norm, logp_old, scores):
-    """Of a grouped algorithm, each (S,): what the first epoch sees."""
+    """Of a grouped algorithm, each (S,): what the first epoch sees. A weight is q, or |u|."""
     u = standardize(scores)
-    weight = u.abs()                                                           # |A|
-    if run.algo.startswith("tpo"):
-        anchor = logp_old.view(*scores.shape, -1).sum(-1) * (run.algo == "tpo")
-        weight = tpo_target(anchor, scores, run.eta)                           # q
+    weight = u.abs()
+    if run.has_target:
+        l_old = logp_old.view(*scores.shape, -1).sum(-1) * (run.algo != "tpo_no_anchor")
+        weight = tpo_target(l_old, scores, **run.loss.keywords)
     solved = scores == 1                                                       # (S, B, K)
     mean = lambda which: weight.where(which, 0).sum((1, 2)) / which.sum((1, 2)).clamp(min=1)
     return {"gradient_norm": norm,
@@ -267,11 +265,9 @@ def goal(target, prompts, vocab):
 def rewards(kind, right):
     """Reward of each token (..., H) from which ones are right (..., H), bool."""
     right = right.float()
-    if kind == "sequential":
-        return right.cumprod(-1)
-    if kind == "terminal":
-        return right.amin(-1, keepdim=True).expand_as(right)
-    return right                                                               # bag
+    return {"bag": right,
+            "sequential": right.cumprod(-1),
+            "terminal": right.amin(-1, keepdim=True).expand_as(right)}[kind]
 
 
 # ---- model: pre-norm decoder, every parameter with a leading seed axis ---------------------------
@@ -279,7 +275,6 @@ def rewards(kind, right):
 def parameters(rng, vocab, length):
     """The parameters of one seed. Kernels are (in, out), LeCun-normal truncated at 2 sigma, flax's
     default; .88 is the truncated normal's sigma."""
-    normal = lambda std, *shape: torch.randn(shape, generator=rng) * std
     zeros = lambda n: torch.zeros(1, n)
     ones = torch.ones(1, WIDTH)
 
@@ -287,8 +282,8 @@ def parameters(rng, vocab, length):
         W = torch.nn.init.trunc_normal_(torch.empty(n, m), std=1, a=-2, b=2, generator=rng)
         return W / 0.87962566 / n**0.5
 
-    P = {"token": normal(WIDTH**-0.5, vocab, WIDTH),
-         "position": normal(0.02, 2 * length, WIDTH)}
+    P = {"token": torch.randn(vocab, WIDTH, generator=rng) * WIDTH**-0.5,
+         "position": torch.randn(2 * length, WIDTH, generator=rng) * 0.02}
     for l in range(LAYERS):
         P |= {f"gain1.{l}": ones, f"shift1.{l}": zeros(WIDTH),
               f"qkv.{l}": torch.cat([kernel(WIDTH, WIDTH) for _ in range(3)], 1),
@@ -321,10 +316,6 @@ def rest_of_layer(P, l, x, attended):
     return x + torch.baddbmm(P[f"down_bias.{l}"], h, P[f"down.{l}"])
 
 
-def log_policy(P, x):
-    return norm_linear(P, x, "", "head").log_softmax(-1)                       # (S, M, V)
-
-
 def take(x, index):
     """Rows of x (S, M, C) by index (S, ...), flattened: (S, n, C)."""
     S, M, C = x.shape
@@ -345,24 +336,24 @@ class Tree(NamedTuple):
     answers: int            # number of nodes from token H - 1 on: those that predict the answer
 
 
-def distinct(key, share):
-    """The number of each key (S, N) among the distinct ones, ascending, and one place of each."""
+def distinct(key):
+    """The number of each key (S, N) among the distinct ones, ascending, and one place of each. With
+    S > 1 all count as distinct: else sizes would differ, and a GPU be waited for to know them."""
     place = torch.arange(key.shape[1], device=key.device).expand_as(key)
-    if not share:
+    if len(key) > 1:
         return place, place
-    found, number = key.unique(return_inverse=True)                            # S = 1
+    found, number = key.unique(return_inverse=True)
     return number, found.new_zeros(1, len(found)).scatter(1, number, place)
 
 
-def tree(tokens, H, V, K, share=True):
-    """The tree of tokens (S, N, L >= H), K neighbours with the same H first ones. share=False looks
-    for no other equal prefixes: then a GPU need not be waited for to know the sizes."""
+def tree(tokens, H, V, K):
+    """The tree of tokens (S, N, L >= H), K neighbours with the same H first ones."""
     S, N, L = tokens.shape
     number = tokens.new_zeros(S, N)
     numbers, sizes = [], []                             # at each length of the prefix
     for t in range(L):
-        number, one = distinct(number * V + tokens[..., t], share)
-        same = K if t < H and not share else 1
+        number, one = distinct(number * V + tokens[..., t])
+        same = K if t < H and S > 1 else 1
         numbers.append(number // same)
         sizes.append(one.shape[1] // same)
     node = torch.stack([number + sum(sizes[t + 1:]) for t, number in enumerate(numbers)], -1)
@@ -392,7 +383,7 @@ def forward(P, nodes, H, cache=None):
         o = F.scaled_dot_product_attention(q[:, :, first:], k, v, causal[first:])
         o = o.transpose(1, 2).reshape(S, -1, WIDTH)                            # (S, R * H, 64)
         x = rest_of_layer(P, l, x, take(o, source))
-    return log_policy(P, x)
+    return norm_linear(P, x, "", "head").log_softmax(-1)
 
 
 def embed(P, token, position):
@@ -411,12 +402,12 @@ def inverse_cdf(logp, uniform):
 
 
 @torch.no_grad()
-def rollout(P, prompts, uniform, share):
+def rollout(P, prompts, uniform):
     """Answers y (S, N, H) to prompts (S, B, H), K for each, with log-probs (S, N, H, V) of all
     tokens at each step. uniform (S, N, H) decides the samples. Each prompt is computed once, then
     each distinct prefix of the answers once, on the keys and values of all before it."""
     (S, B, H), N, V = prompts.shape, uniform.shape[1], P["token"].shape[1]
-    nodes, prompt_cache = tree(prompts, H, V, 1, share), []
+    nodes, prompt_cache = tree(prompts, H, V, 1), []
     logp = forward(P, nodes, H, prompt_cache)                                  # (S, prompts, V)
     number = nodes.node[..., -1].repeat_interleave(N // B, 1)    # (S, N) which prefix each has
     cache = []                                          # with room for the answer's
@@ -426,7 +417,7 @@ def rollout(P, prompts, uniform, share):
     y, logps = [], []
     for t in range(H):
         if t > 0:
-            number, one = distinct(number * V + y[-1], share)
+            number, one = distinct(number * V + y[-1])
             logp = append(P, cache, H + t - 1, y[-1].gather(1, one), number, one)
         logps.append(take(logp, number))                                       # (S, N, V)
         y.append(inverse_cdf(logps[-1], uniform[..., t]))
@@ -444,7 +435,7 @@ def append(P, cache, position, token, number, one):
         k, v = cache[l][..., :position + 1, :].unbind(1)
         o = F.scaled_dot_product_attention(qkv[:, 0], k, v).view(S, N, WIDTH)
         x = rest_of_layer(P, l, x, take(o, one))
-    return log_policy(P, x)
+    return norm_linear(P, x, "", "head").log_softmax(-1)
 
 
 # ---- optimizer -----------------------------------------------------------------------------------
@@ -489,10 +480,11 @@ def optimizers(P, lr):
     kernels are 3-D, so they are here. Not kept: optax.contrib.muon gives its AdamW Nesterov
     momentum and corrects Muon's bias (results/seqtask/optax.txt)."""
     names = ("token", "position", "qkv_bias", "up.", "down.", "head")
-    on_muon = {name for name in P if name.startswith(names) and name != "head_bias"}
-    rest = [p for name, p in P.items() if name not in on_muon]
-    return (Muon([p for name, p in P.items() if name in on_muon], lr),
-            torch.optim.AdamW(rest, lr, weight_decay=0, fused=True))
+    matrices, rest = [], []
+    for name, p in P.items():
+        on_muon = name.startswith(names) and name != "head_bias"
+        (matrices if on_muon else rest).append(p)
+    return Muon(matrices, lr), torch.optim.AdamW(rest, lr, weight_decay=0, fused=True)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -505,74 +497,70 @@ class Seeds:
         each = [parameters(rng, run.vocab, run.length) for rng in self.rngs]
         self.P = {name: torch.stack([P[name] for P in each]).to(device).requires_grad_()
                   for name in each[0]}
-        self.optimizer = optimizers(self.P, run.lr * run.scale**0.5)
+        muon, self.adam = self.optimizer = optimizers(self.P, run.lr * run.scale**0.5)
         self.started = torch.zeros(len(seeds), dtype=torch.bool, device=device)
+        tensors = *self.P.values(), *muon.momentum.values(), self.started
+        self.tensors = [x.detach() for x in tensors]    # of the same memory
 
-    def episode(self, run, share, diagnose):
+    def episode(self, run, diagnose):
         """Error and diagnostics, each (S,), of one more episode."""
         B, H, n = run.batch * run.scale, run.length, 1 if run.algo in SINGLE else run.candidates
         draw = lambda make: torch.stack(list(map(make, self.rngs))).to(self.started.device)
         prompts = draw(lambda rng: torch.randint(run.vocab, (B, H), generator=rng))
         uniform = draw(lambda rng: torch.rand(B, n, H, generator=rng))
-        error, notes = episode(run, self.P, self.optimizer, prompts, uniform, self.started, share,
+        error, notes = episode(run, self.P, self.optimizer, prompts, uniform, self.started,
                                diagnose)
         return {"error": error, **notes}
 
     def state(self):
-        muon, adam = self.optimizer
-        tensors = (*self.P.values(), *muon.momentum.values(), self.started)
-        return {"tensors": [x.detach() for x in tensors], "adam": adam.state_dict(),
+        return {"tensors": self.tensors, "adam": self.adam.state_dict(),
                 "rngs": [rng.get_state() for rng in self.rngs]}
 
     def restore(self, saved):
-        for x, was in zip(self.state()["tensors"], saved["tensors"]):
+        for x, was in zip(self.tensors, saved["tensors"]):
             x.copy_(was)
-        self.optimizer[1].load_state_dict(saved["adam"])
+        self.adam.load_state_dict(saved["adam"])
         for rng, was in zip(self.rngs, saved["rngs"]):
             rng.set_state(was)
 
 
-def train(run, device, share, diagnose=False, checkpoint=None):
+def train(run, device, share, diagnose=False, checkpoints=()):
     """Errors (episodes, S) of all seeds, the diagnostics {name: (episodes, S)}, and seconds.
 
     With share (for CPUs) each seed runs by itself: in a batch all would be as large as the largest
     tree, and less of it would fit the caches. For tpo at H = 10 that costs 0.32 s an episode
-    instead of 0.53, and less once it has learned. With a path as checkpoint, the state is written
-    there each minute, and a run of the same kind goes on from there."""
+    instead of 0.53, and less once it has learned. With two paths as checkpoints, the state goes to
+    the first each minute, what stood there to the second, and the same run goes on from there."""
     groups = [[s] for s in range(run.seeds)] if share else [range(run.seeds)]
     parts = [Seeds(run, seeds, device) for seeds in groups]
-    kind = {**run._asdict(), "diagnose": diagnose, "share": share}
-    rows, start = [], time.monotonic()                     # a row per episode
-    saved = load(checkpoint) if checkpoint else None
+    kind, rows, saved = [*run, diagnose, share], [], load(checkpoints)     # a row per episode
+    start = said = written = time.monotonic()
     if saved and saved["kind"] == kind:
         for part, was in zip(parts, saved["parts"]):
             part.restore(was)
         rows, start = saved["rows"], start - saved["seconds"]
-        print(f"  goes on after episode {len(rows):,d}, from {checkpoint}")
+        print(f"  goes on after episode {len(rows):,d}, from {checkpoints[0]}")
     elif saved:
-        print(f"  {checkpoint} is of another run, and replaced in a minute")
-    said = written = time.monotonic()
+        print(f"  {checkpoints[0]} is of another run, and replaced in a minute")
     for done in range(len(rows) + 1, run.episodes + 1):
-        each = [part.episode(run, share, diagnose) for part in parts]
+        each = [part.episode(run, diagnose) for part in parts]
         rows.append({name: torch.cat([row[name] for row in each]) for name in each[0]})
-        seconds = time.monotonic() - start
-        if time.monotonic() - said > 10 or done == run.episodes:
-            progress(run, parts, done, rows[-1]["error"].mean(), done / seconds)
-            said = time.monotonic()
-        if checkpoint and time.monotonic() - written > EVERY:
-            save(checkpoint, dict(kind=kind, rows=rows, seconds=seconds,
-                                  parts=[part.state() for part in parts]))
-            written = time.monotonic()
+        now = time.monotonic()
+        if now - said > 10 or done == run.episodes:
+            if not all(p.isfinite().all() for part in parts for p in part.P.values()):
+                fail(f"{run.algo}: weights that are not finite by episode {done}; "
+                     f"try a lower --lr (now {run.lr:g})")
+            speed, error = done / (now - start), rows[-1]["error"].mean()
+            print(f"  {run.algo:13s} episode {done:5,d}/{run.episodes:,d}   error {error:7.2%}   "
+                  f"{speed * run.seeds:5.1f} seed-episodes/s   "
+                  f"{(run.episodes - done) / speed:4.0f} s left")
+            said = now
+        if checkpoints and now - written > EVERY:
+            states = [part.state() for part in parts]
+            save(checkpoints, dict(kind=kind, rows=rows, seconds=now - start, parts=states))
+            written = now
     columns = {name: torch.stack([row[name].cpu() for row in rows]) for name in rows[0]}
     return columns.pop("error"), columns, time.monotonic() - start
-
-
-def progress(run, parts, done, error, speed):
-    if not all(p.isfinite().all() for part in parts for p in part.P.values()):    # no error tells
-        fail(f"{run.algo}: weights that are not finite by episode {done}; "
-             f"try a lower --lr (now {run.lr:g})")
-    print(f"  {run.algo:13s} episode {done:5,d}/{run.episodes:,d}   error {error:7.2%}   "
-          f"{speed * run.seeds:5.1f} seed-episodes/s   {(run.episodes - done) / speed:4.0f} s left")
 
 
 # ---- records -------------------------------------------------------------------------------------
@@ -581,49 +569,42 @@ def rounded(x):
     return [float(f"{v:.4g}") for v in x.tolist()] if x.ndim else float(f"{x:.4g}")
 
 
-def standard_error(x):
-    """Over the seeds, the last axis; None for one seed."""
-    return rounded(x.std(-1) / x.shape[-1]**0.5) if x.shape[-1] > 1 else None
-
-
 def records(run, errors, notes, seconds):
     """A curve, each point a mean over episodes, and the result, of the last 10 of them."""
-    T = len(errors)
+    T, S = errors.shape
     every = max(1, T // 200)
-    thin = lambda x: x[:T // every * every].view(-1, every, x.shape[1]).mean(1)       # (points, S)
+    thin = lambda x: x[:T // every * every].view(-1, every, S).mean(1)                # (points, S)
+    error_of_mean = lambda x: rounded(x.std(-1) / S**0.5) if S > 1 else None
     curve = {"kind": "curve", **run._asdict(), "every": every,
-             "error": rounded(thin(errors).mean(1)), "error_se": standard_error(thin(errors)),
+             "error": rounded(thin(errors).mean(1)), "error_se": error_of_mean(thin(errors)),
              "error_per_seed": [rounded(error) for error in thin(errors).T]}
     curve |= {name: rounded(thin(note).mean(1)) for name, note in notes.items()}
     final = errors[-10:].mean(0)                                               # (S,)
     below = (errors.mean(1) < 0.01).nonzero()
     return curve, {"kind": "result", **run._asdict(), "final_error": rounded(final.mean()),
-                   "final_error_se": standard_error(final),
+                   "final_error_se": error_of_mean(final),
                    "solved": rounded((final < 0.05).float().mean()),
                    "steps_to_1pct": below[0, 0].item() if len(below) else None,
-                   "ms_per_episode_seed": float(f"{seconds / T / run.seeds * 1e3:.4g}"),
+                   "ms_per_episode_seed": float(f"{seconds / T / S * 1e3:.4g}"),
                    "threads": torch.get_num_threads()}
 
 
 def report(results):
-    """A table, and the eight best in one line, with the settings that vary."""
+    """A table of {run: result}, and the eight best in one line, with the settings that vary."""
     print(f"\n{'':13s}{'setting':>50}{'final error ± s.e.':>20}{'solved':>8}{'1% at':>7}"
           f"{'ms/episode':>12}")
-    words = [run_of(r).words for r in results]
-    for r, setting in zip(results, words):
+    for run, r in results.items():
         se = "" if r["final_error_se"] is None else f" ± {r['final_error_se']:.1%}"
         error = f"{r['final_error']:.1%}{se}"
         step = "-" if r["steps_to_1pct"] is None else r["steps_to_1pct"]
-        print(f"{r['algo']:13s}{' '.join(setting):>50}{error:>20}{r['solved']:>8.0%}{step:>7}"
+        print(f"{run.algo:13s}{' '.join(run.words):>50}{error:>20}{r['solved']:>8.0%}{step:>7}"
               f"{r['ms_per_episode_seed']:>12.1f}")
-    algos = [r["algo"] for r in results]
-    varied = [len({*zip(algos, column)}) > len({*algos}) for column in zip(*words)]
     best = []
-    for r, setting in sorted(zip(results, words), key=lambda pair: pair[0]["final_error"])[:8]:
-        name = " ".join([r["algo"], *itertools.compress(setting, varied)])
-        best.append(f"{name} {r['final_error']:.1%}")
-    seeds = max(r["seeds"] for r in results)
-    print(f"final error, {seeds} seed{'s' * (seeds > 1)}: {', '.join(best)}")
+    for run in sorted(results, key=lambda run: results[run]["final_error"])[:8]:
+        others = [other.words for other in results if other.algo == run.algo]
+        varied = [word for word in run.words if any(word not in words for words in others)]
+        best.append(" ".join([run.algo, *varied, f"{results[run]['final_error']:.1%}"]))
+    print(f"final error, {run.seeds} seed{'s' * (run.seeds > 1)}: {', '.join(best)}")
 
 
 # ---- files, flags and errors ---------------------------------------------------------------------
@@ -658,7 +639,7 @@ def alone(path):
         yield
 
 
-def write(path, data, previous=None):
+def write(data, path, previous=None):
     """Bytes to a file that no other process makes, then renamed: path is never half-written. What
     stood there goes to previous."""
     temporary = Path(f"{path}.{uuid.uuid4().hex}.part")
@@ -677,133 +658,99 @@ def write(path, data, previous=None):
             temporary.unlink()
 
 
-def older(checkpoint):
-    return Path(f"{checkpoint}.previous")
-
-
-def save(checkpoint, state):
-    """By torch.save, behind the SHA-256 of its bytes. The last checkpoint is kept beside it."""
+def save(checkpoints, state):
+    """By torch.save, behind the SHA-256 of its bytes."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
-    write(checkpoint, hashlib.sha256(data).digest() + data, older(checkpoint))
+    write(hashlib.sha256(data).digest() + data, *checkpoints)
 
 
-def load(checkpoint):
-    """The state saved there or, with that file gone, before; None without either."""
-    found = [path for path in (checkpoint, older(checkpoint)) if path.exists()]
+def load(checkpoints):
+    """The state in the first of the files that is there; {} without any."""
+    found = [path for path in checkpoints if path.exists()]
     if not found:
-        return None
+        return {}
     data = found[0].read_bytes()
     if hashlib.sha256(data[32:]).digest() != data[:32]:
-        again = f"go on from {found[1]}, the one before it" if found[1:] else "start over"
-        fail(f"--out: {found[0]} is damaged (its checksum differs): delete it to {again}")
+        fail(f"--out: {found[0]} is damaged (its checksum differs): delete it to go on from "
+             f"{' or '.join(map(str, [*found[1:], 'the start']))}")
     return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
 
 
 def read(path):
-    """The records of an earlier run of the same command, to go on from."""
+    """The records of an earlier run of the same command, and {run: result} of its results."""
     try:
-        text = Path(path).read_text(encoding="utf-8") if path and Path(path).exists() else ""
-        found = [json.loads(line) for line in text.splitlines()]
-        if any(r["kind"] == "result" and not r.keys() >= set(Run._fields) for r in found):
-            raise ValueError("results of another kind")
-        return found
+        text = path.read_text(encoding="utf-8") if path and path.exists() else ""
+        log = [json.loads(line) for line in text.splitlines()]
+        results = [r for r in log if r["kind"] == "result"]
+        return log, {Run(*(r[name] for name in Run._fields)): r for r in results}
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"--out {path}: holds something else than a log of seqtask.py ({error}); "
              "give another file")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
-
-
-CHOICES = {"target": ("copy", "flip", "reverse_copy", "reverse_flip"),
-           "reward": ("bag", "sequential", "terminal"),
-           "algo": list(ALGOS),
-           "match": ("prompts", "interactions")}
-LEAST = dict(length=2, vocab=2, candidates=1, batch=1, epochs=1, dg_epochs=1, episodes=1, seeds=1)
-
-
-def values(cfg, name):
+def values(cfg, name, kind=str):
     """The entries of a comma list, or the one value of a number, checked."""
     given = getattr(cfg, name)
-    entries = str(given).split(",")
+    allowed = {"preset": PRESETS, "algo": ALGOS, "match": ("prompts", "interactions"),
+               "target": ("copy", "flip", "reverse_copy", "reverse_flip"),
+               "reward": ("bag", "sequential", "terminal"),
+               "device": ["cpu"] + ["cuda"] * torch.cuda.is_available()}.get(name)
     try:
-        if name in CHOICES:
-            allowed = f"{', '.join(CHOICES[name])}, or a comma list of them"
-            fine = set(entries) <= set(CHOICES[name])
-        elif name in LEAST:
-            allowed = f"whole numbers from {LEAST[name]}"
-            entries = list(map(int, entries))
-            fine = min(entries) >= LEAST[name]
-        else:
-            allowed = "finite numbers above 0"
-            entries = list(map(float, entries))
-            fine = all(0 < x < math.inf for x in entries)
+        entries = [kind(entry) for entry in str(given).split(",")]
+        fine = all(x in allowed if allowed else 0 < x < math.inf for x in entries)
     except ValueError:                                  # no number
         fine = False
     if not fine:
-        fail(f"{option(name)} {given}: allowed are {allowed}")
+        numbers = f"{'whole' if kind is int else 'finite'} numbers above 0"
+        fail(f"--{name.replace('_', '-')} {given}: allowed are {', '.join(allowed or [numbers])}")
     return entries
-
-
-def option(name):
-    return "--" + name.replace("_", "-")
 
 
 def parse(argv):
     """Config, and the runs of its grid."""
-    parser = Parser(prog="seqtask.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    epilog="* a comma list runs every combination",
-                    argument_default=argparse.SUPPRESS)
-    for f in fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        parser.add_argument(option(f.name), **kind,
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     epilog="* a comma list runs every combination")
+    parser.error = fail
+    flags = {"--" + f.name.replace("_", "-"): f for f in fields(Config)}
+    for name, f in flags.items():
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        parser.add_argument(name, default=f.default, **kind,
                             help=f"{f.metadata['help']} [{f.default or 'off'}]")
-    given, unknown = parser.parse_known_args(argv)
+    cfg, unknown = parser.parse_known_args(argv)
     if unknown:
-        fail(f"{unknown[0]} is not a flag; the flags are "
-             + " ".join(option(f.name) for f in fields(Config)))
-    given = vars(given)
-    preset = given.get("preset", "")
-    if preset not in ("", *PRESETS):
-        fail(f"--preset {preset}: allowed are {', '.join(PRESETS)}")
-    cfg = Config(**PRESETS.get(preset, {}) | given)
+        fail(f"{unknown[0]} is not a flag; the flags are {' '.join(flags)}")
+    before = PRESETS[values(cfg, "preset")[0]].split() if cfg.preset else []
+    cfg = parser.parse_args(before + argv)              # of two equal flags the last one wins
     if cfg.smoke:
-        lengths = dict.fromkeys(str(min(6, H)) for H in values(cfg, "length"))
-        small = dict(length=",".join(lengths), seeds=1, batch=min(50, cfg.batch),
-                     episodes=min(300, cfg.episodes))
-        if preset != "ksweep":
-            small["candidates"] = "8"
-        cfg = replace(cfg, **small | given)
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    if cfg.device not in devices:
-        fail(f"--device {cfg.device}: allowed are {', '.join(devices)}")
+        lengths = dict.fromkeys(str(min(6, H)) for H in values(cfg, "length", int))
+        before += (f"--length {','.join(lengths)} --batch {min(50, cfg.batch)} --seeds 1 "
+                   f"--episodes {min(300, cfg.episodes)} "
+                   f"--candidates {cfg.candidates if cfg.preset == 'ksweep' else 8}").split()
+    cfg = Config(**vars(parser.parse_args(before + argv)))
+    values(cfg, "device")
     return cfg, grid(cfg)
 
 
 def grid(cfg):
-    """The runs of all combinations, algo changing fastest."""
-    names = [name for name in Run._fields if name != "algo"] + ["dg_epochs", "algo"]
-    runs = {}                                           # each once: only dg has its dg_epochs
-    for cell in itertools.product(*(values(cfg, name) for name in names)):
-        setting = dict(zip(names, cell))
-        dg_epochs = setting.pop("dg_epochs")
-        if setting["algo"] == "dg":
-            setting["epochs"] = dg_epochs
-        run = Run(**setting)
-        check(cfg, run)
-        runs[run] = None
-    return list(runs)
+    """The runs of all combinations, algo changing faster than all but epochs."""
+    kinds = {name: kind for name, kind in Run.__annotations__.items() if name != "epochs"}
+    kinds["algo"] = kinds.pop("algo")                   # the last one
+    runs = []
+    for cell in itertools.product(*(values(cfg, name, kind) for name, kind in kinds.items())):
+        dg = cell[-1] == "dg"
+        for epochs in values(cfg, "dg_epochs" if dg else "epochs", int):
+            runs.append(Run(**dict(zip(kinds, cell)), epochs=epochs))
+            check(cfg, runs[-1])
+    return runs
 
 
 def check(cfg, run):
     """Settings that are fine one by one but not together."""
     algo, reward = f"--algo {run.algo}", f"--reward {run.reward}"
-    if cfg.diagnostics and run.algo not in DIAGNOSED:
-        fail(f"--diagnostics with {algo}: allowed are {', '.join(DIAGNOSED)}")
+    if cfg.diagnostics and run.algo not in GROUPED:
+        fail(f"--diagnostics with {algo}: allowed are {', '.join(GROUPED)}")
     if run.algo in TOKEN and run.reward == "terminal":
         fail(f"{algo} with {reward}: a token has no reward of its own; allowed are bag, sequential")
     if run.algo == "maxrl" and run.reward != "terminal":
@@ -811,46 +758,31 @@ def check(cfg, run):
     if run.algo not in SINGLE and run.candidates == 1:
         fail(f"--candidates 1 with {algo}: a group needs at least 2; allowed with 1 are "
              + ", ".join(SINGLE))
-    if run.vocab**run.length >= 2**62:
-        fail(f"--vocab {run.vocab} with --length {run.length}: allowed are those with "
-             "vocab ** length below 2 ** 62")
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     cfg, runs = parse(argv)
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")    # else sums in MKL depend on addresses:
-    command = " ".join(sys.argv[1:] if argv is None else argv)      # resumes would differ
-    with alone(Path(cfg.out).resolve()) if cfg.out else nullcontext():
-        report(train_all(cfg, runs, command))
-
-
-def train_all(cfg, runs, command):
-    """The results of the runs, those that the log has already included."""
-    log = read(cfg.out)
-    recorded = {run_of(r) for r in log if r["kind"] == "result"}
-    if not log:
-        log = [{"kind": "config", "command": f"python seqtask.py {command}", **asdict(cfg)}]
-    checkpoint = Path(f"{cfg.out}.checkpoint") if cfg.out else None
-    for i, run in enumerate(runs):
-        setting = " ".join(run.words)
-        print(f"{i + 1}/{len(runs)} {run.algo}: {setting}, seeds {run.seeds}")
-        if run in recorded:
-            print(f"  is in {cfg.out} already: not run again")
-            continue
-        if run.scale > 1:
-            print(f"  interaction-matched: {run.batch} * {run.scale} prompts, "
-                  f"learning rate {run.lr:g} * sqrt({run.scale})")
-        try:
-            trained = train(run, cfg.device, cfg.device == "cpu", cfg.diagnostics, checkpoint)
-        except KeyboardInterrupt:
-            again = "; the same command goes on from the last checkpoint" if cfg.out else ""
-            fail(f"interrupted{again}")
-        log += records(run, *trained)
-        if cfg.out:
-            write(cfg.out, "".join(json.dumps(line) + "\n" for line in log).encode())
-            checkpoint.unlink(missing_ok=True)
-            older(checkpoint).unlink(missing_ok=True)
-    return [r for r in log if r["kind"] == "result" and run_of(r) in runs]
+    out = Path(cfg.out).resolve() if cfg.out else None  # resumes would differ
+    checkpoints = [Path(f"{out}{end}") for end in (".checkpoint", ".checkpoint.previous") if out]
+    with alone(out) if out else nullcontext():
+        log, results = read(out)
+        command = " ".join(["python seqtask.py", *argv])
+        log = log or [{"kind": "config", "command": command, **asdict(cfg)}]
+        for i, run in enumerate(runs, 1):
+            print(f"{i}/{len(runs)} {run.algo}: {' '.join(run.words)}, seeds {run.seeds}")
+            if run in results:
+                print(f"  is in {out} already: not run again")
+                continue
+            cpu = cfg.device == "cpu"
+            log += records(run, *train(run, cfg.device, cpu, cfg.diagnostics, checkpoints))
+            results[run] = log[-1]
+            if out:
+                write("".join(json.dumps(line) + "\n" for line in log).encode(), out)
+            for path in checkpoints:
+                path.unlink(missing_ok=True)
+    report({run: results[run] for run in runs})
 
 
 if __name__ == "__main__":
@@ -859,3 +791,5 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:                             # what reads the output, | head, has gone
         os._exit(1)
+    except KeyboardInterrupt:
+        fail("interrupted; with --out the same command goes on from the last checkpoint")
