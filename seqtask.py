@@ -1,34 +1,31 @@
-"""The sequence experiments of TPO (arXiv 2604.06159): a small transformer learns from reward alone
-to reverse tokens.
+"""The sequence tasks of TPO (arXiv 2604.06159): a transformer learns by reward to reverse tokens.
 
     python seqtask.py                        terminal reward, H = 7, 3 seeds: 2 min on two cores
     python seqtask.py --preset section4 --smoke --out a.jsonl  shrunk to minutes on a CPU
     python seqtask.py --preset table3 --length 8 --seeds 3     your flags replace the preset's
-The last line to expect from the first command (on another machine 4.0, 22.8, 97.8, as rounding
-alone moves single seeds):
+The first one's last line (elsewhere 4.0, 22.8, 97.8, as rounding alone moves single seeds):
     final error, 3 seeds: tpo 1.8%, grpo 19.4%, dg 97.1%
 
 Prompt: H tokens uniform over V. The policy writes H tokens; the goal is the prompt (copy),
 V - 1 - x (flip), or either one reversed. Reward per token: bag 1 if right; sequential 1 if it and
 all before it are right; terminal 1 on every token if all H are right, else 0. Error of an episode =
 1 - mean reward of its rollouts, before its updates.
-S seeds train side by side: every parameter has a leading axis S (on a CPU S = 1, see train).
-B prompts, K candidates, H length, V vocabulary, L tokens of a sequence as input (2H - 1, as the
-last one is never read), N sequences: B * K, or B where one suffices or candidates are next tokens.
+S seeds train side by side, on a leading axis of every parameter (on a CPU S = 1, see train). B
+prompts, K candidates, H length, V vocabulary, L = 2H - 1 tokens of a sequence as input (the last
+one is never read), N sequences: B * K, or B where one suffices or candidates are next tokens.
 """
 import argparse
-import hashlib
 import io
-import itertools
 import json
-import math
 import os
 import platform
 import sys
 import time
-import uuid
+from collections import namedtuple
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,31 +40,25 @@ TOKEN = {name + "_token": METHODS[name]._replace(per="next") for name in ("tpo",
 ALGOS = METHODS | TOKEN
 SINGLE = [name for name, method in ALGOS.items() if method.per == "sample"]
 GROUPED = [name for name, method in ALGOS.items() if method.per in ("group", "token")]
+BY_TARGET = tpo_loss, tpo_no_anchor_loss                        # these weigh by p - q
 LAYERS, WIDTH, HEADS = 2, 64, 2
 EVERY = 60                                                      # seconds between checkpoints
 
-
-DENSE = "--reward bag --length 10 --episodes 1000"
-TERMINAL = "--length 10 --episodes 2000 --seeds 20"
-SECTION4 = "--length 8 --candidates 32 --batch 256 --episodes 2000 --seeds 20"
+DENSE = "--reward bag --length 10 --episodes 1000 --algo tpo_token,grpo_token,dg,ppo --seeds 10"
+TERMINAL = "--length 10 --episodes 2000 --algo tpo,grpo,grpo_no_kl,ppo,dg --seeds 20"
+SECTION4 = "--length 8 --candidates 32 --batch 256 --episodes 2000 --algo tpo,grpo --seeds 20"
 PRESETS = {
-    "table1": f"{DENSE} --algo tpo_token,grpo_token,dg,ppo --vocab 2,4,8,16 --seeds 20",
-    "table2": f"{DENSE} --algo tpo_token,grpo_token,dg,ppo --reward bag,sequential --seeds 10 "
-              "--target copy,flip,reverse_copy,reverse_flip",
-    "table3": f"{TERMINAL} --algo tpo,grpo,grpo_no_kl,ppo,dg --length 7,8,9,10 "
-              "--match prompts,interactions",
+    "table1": f"{DENSE} --vocab 2,4,8,16 --seeds 20",
+    "table2": f"{DENSE} --reward bag,sequential --target copy,flip,reverse_copy,reverse_flip",
+    "table3": f"{TERMINAL} --length 7,8,9,10 --match prompts,interactions",
     "fig8": f"{TERMINAL} --algo tpo,tpo_no_anchor,group_pg,grpo_no_kl",
-    "eta": f"{DENSE} --algo tpo_token --eta .25,.5,1,2,4 --seeds 10",
-    "ksweep": f"{SECTION4} --algo tpo,grpo --candidates 4,8,16,32,64",
-    "epochs": f"{SECTION4} --algo tpo,grpo --epochs 1,2,4,8,16",
+    "eta": f"{DENSE} --algo tpo_token --eta .25,.5,1,2,4",
+    "ksweep": f"{SECTION4} --candidates 4,8,16,32,64",
+    "epochs": f"{SECTION4} --epochs 1,2,4,8,16",
     "masking": f"{SECTION4} --algo tpo,grpo,grpo_masked",
     "dg-epochs": f"{SECTION4} --algo dg --dg-epochs 1,4",
-    "section4": f"{SECTION4} --algo tpo,grpo --diagnostics"}
-
-
-def flag(default, help):
-    """A field that becomes a command-line flag; one with * takes a comma list."""
-    return field(default=default, metadata={"help": help})
+    "section4": f"{SECTION4} --diagnostics"}
+flag = lambda default, help: field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -81,35 +72,21 @@ class Config:
     vocab: str = flag("2", "V, tokens to choose from *")
     candidates: str = flag("8", "K, candidates in a group *")
     batch: int = flag(100, "B, prompts per episode")
-    epochs: str = flag("4", "gradient epochs on each batch of rollouts, for all but dg; pg, kondo, "
-                            "group_pg, rloo and maxrl are made for 1 *")
+    epochs: str = flag("4", "gradient epochs per batch, dg's aside; pg, rloo, maxrl: made for 1 *")
     dg_epochs: str = flag("1", "the same for dg *")
     eta: str = flag("1", "temperature of TPO's target and of DG's gate, and REBEL's eta *")
     lr: float = flag(1e-3, "learning rate of Muon and of AdamW")
     episodes: int = flag(300, "batches of rollouts")
     seeds: int = flag(3, "seeds, 0 and up")
-    match: str = flag("prompts", "prompts: the same B for all; interactions: single-rollout "
-                                 "methods get B * K prompts and lr * sqrt(K) *")
+    match: str = flag("prompts", "prompts; interactions: lone rollouts get B * K, lr * sqrt(K) *")
     diagnostics: bool = flag(False, "also record gradient norms, group shares and weights")
     device: str = flag("cpu", "cpu or cuda")
     out: str = flag("", "a JSON-lines log, and each minute a checkpoint beside it, to go on from")
 
 
-class Run(NamedTuple):
+class Run(namedtuple("Run", "target reward algo length vocab candidates batch epochs eta lr match "
+                            "seeds episodes")):
     """One algorithm at one setting: a cell of the grid that the comma lists span."""
-    target: str
-    reward: str
-    algo: str
-    length: int
-    vocab: int
-    candidates: int
-    batch: int
-    epochs: int
-    eta: float
-    lr: float
-    match: str
-    seeds: int
-    episodes: int
 
     @property
     def K(self):                                                # rollouts per prompt
@@ -124,10 +101,6 @@ class Run(NamedTuple):
         return ALGOS[self.algo].bind(eta=self.eta, anchor=1.0, length=self.length)
 
     @property
-    def has_target(self):                                       # weighs by p - q
-        return self.loss.func in (tpo_loss, tpo_no_anchor_loss)
-
-    @property
     def words(self):
         return (self.target, self.reward, f"H {self.length}", f"V {self.vocab}",
                 f"K {self.candidates}", f"B {self.batch}", f"E {self.epochs}", f"eta {self.eta:g}",
@@ -135,18 +108,18 @@ class Run(NamedTuple):
 
 
 # ---- the algorithm: sample, score, weigh, fit ----------------------------------------------------
-
 def episode(run, P, optimizer, prompts, uniform, started, diagnose=False):
     """One batch of rollouts and its gradient epochs. prompts (S, B, H), uniform (S, B, n, H);
-    started (S,), bool, tells which seeds have ever had a gradient, and is updated. Returns the
-    error (S,) and the diagnostics, each (S,)."""
+    started (S,), bool, tells which seeds have ever had a gradient, and is updated. Returns notes,
+    each (S,): the error and the diagnostics."""
     y, choice, logp_old = sample(run, P, prompts, uniform)
+    old = logp_old * (run.algo != "tpo_no_anchor")      # what the loss sees of p_old
     r, scores = score(run, prompts, y, choice)
-    w = weights(run, logp_old, logp_old, scores)        # the first epoch's: p = p_old is known
+    w = weights(run, logp_old, old, scores)             # the first epoch's: p = p_old is known
     kept = (w != 0).flatten(2).any(-1)                  # (S, N) no weight, no gradient
     started |= kept.any(-1)
     sequences = torch.cat((prompts.repeat_interleave(run.K, 1), y[..., :-1]), -1)      # (S, N, L)
-    notes = {}
+    notes = {"error": 1 - r.mean((1, 2, 3))}
     for epoch in range(run.epochs):
         if epoch == 1:                                  # a seed that has never moved has p = p_old
             kept = can_pull(run, choice, scores) & started[:, None]
@@ -157,14 +130,14 @@ def episode(run, P, optimizer, prompts, uniform, started, diagnose=False):
         if len(prompts) > 1 or kept.any():              # else momentum alone moves the weights
             logp = forward(P, nodes, run.length).flatten(1).gather(1, index).view_as(logp_old)
             if epoch > 0:
-                w = weights(run, logp.detach(), logp_old, scores)
+                w = weights(run, logp.detach(), old, scores)
             (w.where(kept[..., None, None], 0) * logp).sum().backward()
         if epoch == 0 and diagnose:
             norm = sum(p.grad.flatten(1).square().sum(1) for p in P.values()).sqrt()
-            notes = diagnostics(run, norm, logp_old, scores)
+            notes |= diagnostics(run, norm, old, scores)
         for o in optimizer:
             o.step()
-    return 1 - r.mean((1, 2, 3)), notes
+    return notes
 
 
 def sample(run, P, prompts, uniform):
@@ -181,9 +154,8 @@ def sample(run, P, prompts, uniform):
 def score(run, prompts, y, choice):
     """Rewards (S, B, K, H) of the tokens written, and the scores that the method compares: of
     answers (S, B, K), of their tokens (S, B, 1, H), or of next tokens (S, B, H, K)."""
-    S, B, H = prompts.shape
     goals = goal(run.target, prompts, run.vocab)
-    r = rewards(run.reward, y.view(S, B, run.K, H) == goals[:, :, None])
+    r = rewards(run.reward, y.unflatten(1, (-1, run.K)) == goals[:, :, None])
     if run.algo not in TOKEN:
         return r, r.mean(-1) if run.algo in GROUPED else r
     scores = (choice == goals[..., None]).float()
@@ -195,35 +167,30 @@ def score(run, prompts, y, choice):
 def weights(run, logp, logp_old, scores):
     """dL/dlogp (S, N, H, C); L is a sum over seeds. TPO's closed form is exactly 0 where p = q;
     autograd's is not."""
-    shape, per = logp.shape, ALGOS[run.algo].per
+    per = ALGOS[run.algo].per
     l, l_old = logp, logp_old                                                  # next: (S, B, H, K)
     if per != "next":
         l, l_old = (x.view(*scores.shape[:2], run.K, -1) for x in (l, l_old))  # (S, B, K, H)
     if per == "group":
         l, l_old = l.sum(-1), l_old.sum(-1)                                    # (S, B, K)
-    if run.algo == "tpo_no_anchor":
-        l_old = torch.zeros_like(l)
-    if run.has_target:                                           # its mean is over the seeds too
+    if run.loss.func in BY_TARGET:                      # its mean is over the seeds too
         w = tpo_weights(l, l_old, scores, **run.loss.keywords) * len(l)
     else:
         l = l.detach().requires_grad_()
         w, = torch.autograd.grad(sum(map(run.loss, l, l_old, scores)), l)
-    return w.view(*shape[:2], 1, 1).expand(shape) if per == "group" else w.reshape(shape)
+    return w.flatten(1)[..., None, None].expand_as(logp) if per == "group" else w.reshape_as(logp)
 
 
 def can_pull(run, choice, scores):
     """(S, N) bool: answers that can have a gradient on a later epoch, when p has left p_old."""
-    S, B = scores.shape[:2]
-    if run.has_target:                                  # K equal candidates: p = q = 1 / K for ever
+    if run.loss.func in BY_TARGET:                      # K equal candidates: p = q = 1 / K for ever
         if run.algo in GROUPED:
-            choice = choice.view(S, B, run.K, -1).mT
+            choice = choice[..., 0].unflatten(1, (-1, run.K)).mT
         groups = choice != choice[..., :1]                                     # (S, B, H, K)
     elif run.algo in SINGLE:
         groups = scores != scores.mean((1, 2), keepdim=True)
-    elif ALGOS[run.algo].pulls:
-        groups = torch.ones_like(scores)
-    else:                                               # at rest where all scores are equal
-        groups = standardize(scores) != 0
+    else:                                               # at rest where all scores are equal?
+        groups = (standardize(scores) != 0) | ALGOS[run.algo].pulls
     return groups.flatten(2).any(-1).repeat_interleave(run.K, 1)
 
 
@@ -238,13 +205,12 @@ def locate(run, sequences, choice, kept):
     return nodes, (node * run.vocab + choice).flatten(1)
 
 
-def diagnostics(run, norm, logp_old, scores):
+def diagnostics(run, norm, old, scores):
     """Of a grouped algorithm, each (S,): what the first epoch sees. A weight is q, or |u|."""
     u = standardize(scores)
     weight = u.abs()
-    if run.has_target:
-        l_old = logp_old.view(*scores.shape, -1).sum(-1) * (run.algo != "tpo_no_anchor")
-        weight = tpo_target(l_old, scores, **run.loss.keywords)
+    if run.loss.func in BY_TARGET:
+        weight = tpo_target(old.view(*scores.shape, -1).sum(-1), scores, **run.loss.keywords)
     solved = scores == 1                                                       # (S, B, K)
     mean = lambda which: weight.where(which, 0).sum((1, 2)) / which.sum((1, 2)).clamp(min=1)
     return {"gradient_norm": norm,
@@ -253,8 +219,6 @@ def diagnostics(run, norm, logp_old, scores):
             "weight_success": mean(solved),
             "weight_failure": mean(~solved)}
 
-
-# ---- task ----------------------------------------------------------------------------------------
 
 def goal(target, prompts, vocab):
     """The tokens that the policy should write, (..., H) like the prompts."""
@@ -271,17 +235,12 @@ def rewards(kind, right):
 
 
 # ---- model: pre-norm decoder, every parameter with a leading seed axis ---------------------------
-
 def parameters(rng, vocab, length):
-    """The parameters of one seed. Kernels are (in, out), LeCun-normal truncated at 2 sigma, flax's
-    default; .88 is the truncated normal's sigma."""
+    """The parameters of one seed. Kernels (in, out) are flax's: LeCun-normal, cut at 2 sigma."""
+    cut_normal = lambda *shape: torch.nn.init.trunc_normal_(torch.empty(shape), generator=rng)
+    kernel = lambda n, m: cut_normal(n, m) / 0.87962566 / n**0.5       # the sigma after the cut
     zeros = lambda n: torch.zeros(1, n)
     ones = torch.ones(1, WIDTH)
-
-    def kernel(n, m):
-        W = torch.nn.init.trunc_normal_(torch.empty(n, m), std=1, a=-2, b=2, generator=rng)
-        return W / 0.87962566 / n**0.5
-
     P = {"token": torch.randn(vocab, WIDTH, generator=rng) * WIDTH**-0.5,
          "position": torch.randn(2 * length, WIDTH, generator=rng) * 0.02}
     for l in range(LAYERS):
@@ -323,12 +282,10 @@ def take(x, index):
     return x.reshape(S * M, C).index_select(0, index.flatten()).view(S, -1, C)
 
 
-# ---- sequences as a tree -------------------------------------------------------------------------
-
+# ---- sequences as a tree, and rollouts -----------------------------------------------------------
 class Tree(NamedTuple):
-    """N sequences as a tree of M distinct prefixes (nodes). The model is causal, so a node is
-    computed once for all sequences that begin with it: linear layers run on nodes, attention on the
-    R distinct sequences. Gradients add up at the nodes. Longer prefixes have smaller numbers."""
+    """N sequences as a tree of M distinct prefixes, its nodes. The model is causal: linear layers
+    run on nodes, attention on the R distinct sequences. Longer prefixes have smaller numbers."""
     token: torch.Tensor     # (S, M) last token of the prefix
     path: torch.Tensor      # (S, R, L) the nodes of each distinct sequence
     source: torch.Tensor    # (S, M) one place in the flattened path where the node stands
@@ -369,7 +326,9 @@ def forward(P, nodes, H, cache=None):
     """Log-probs (S, answers, V) of the token that follows each node of an answer. A list as cache
     collects each layer's keys and values, (S * R, 2, heads, L, 32)."""
     S, R, L = nodes.path.shape
-    x = embed(P, nodes.token, nodes.source % L)
+    hot = [F.one_hot(nodes.token, P["token"].shape[1]), F.one_hot(nodes.source % L, 2 * H)]
+    table = torch.cat((P["token"], P["position"]), 1)   # a product's backward is a product too, not
+    x = torch.cat(hot, -1).float() @ table              # a sum of M rows into V, one by one
     causal = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
     for l in range(LAYERS):
         qkv = heads(P, l, x, nodes.path)
@@ -386,16 +345,6 @@ def forward(P, nodes, H, cache=None):
     return norm_linear(P, x, "", "head").log_softmax(-1)
 
 
-def embed(P, token, position):
-    """Token and position (S, M) looked up by one product with 0/1: its backward is a product too,
-    not a sum of M rows into V, one by one."""
-    hot = [F.one_hot(index, P[name].shape[1])
-           for index, name in ((token, "token"), (position, "position"))]
-    return torch.cat(hot, -1).float() @ torch.cat((P["token"], P["position"]), 1)    # (S, M, 64)
-
-
-# ---- rollout -------------------------------------------------------------------------------------
-
 def inverse_cdf(logp, uniform):
     passed = uniform[..., None] > logp.exp().cumsum(-1)
     return passed.sum(-1).clamp(max=logp.shape[-1] - 1)                    # a cdf may end below 1
@@ -403,9 +352,8 @@ def inverse_cdf(logp, uniform):
 
 @torch.no_grad()
 def rollout(P, prompts, uniform):
-    """Answers y (S, N, H) to prompts (S, B, H), K for each, with log-probs (S, N, H, V) of all
-    tokens at each step. uniform (S, N, H) decides the samples. Each prompt is computed once, then
-    each distinct prefix of the answers once, on the keys and values of all before it."""
+    """Answers y (S, N, H) to prompts (S, B, H), and log-probs (S, N, H, V) of all tokens at each
+    step: once for each distinct prefix. uniform (S, N, H) decides the samples."""
     (S, B, H), N, V = prompts.shape, uniform.shape[1], P["token"].shape[1]
     nodes, prompt_cache = tree(prompts, H, V, 1), []
     logp = forward(P, nodes, H, prompt_cache)                                  # (S, prompts, V)
@@ -438,8 +386,7 @@ def append(P, cache, position, token, number, one):
     return norm_linear(P, x, "", "head").log_softmax(-1)
 
 
-# ---- optimizer -----------------------------------------------------------------------------------
-
+# ---- optimizers and training ---------------------------------------------------------------------
 def orthogonalize(X):
     """X (..., n, m), n <= m, with singular values moved near 1: five Newton-Schulz steps."""
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-8)
@@ -475,19 +422,14 @@ class Muon:
 
 
 def optimizers(P, lr):
-    """Muon for what is 2-D in the reference: embeddings, MLP kernels, the head, and, as a quirk of
-    its shapes that we keep, the (heads, 32) biases of q, k and v. AdamW for the rest: its attention
-    kernels are 3-D, so they are here. Not kept: optax.contrib.muon gives its AdamW Nesterov
-    momentum and corrects Muon's bias (results/seqtask/optax.txt)."""
+    """Muon for what is 2-D in the reference: embeddings, MLP kernels, the head and, a quirk that we
+    keep, biases of q, k and v. AdamW for the rest, attention kernels too: they are 3-D there. Not
+    kept: optax's Nesterov momentum in AdamW, its bias correction (results/seqtask/optax.txt)."""
     names = ("token", "position", "qkv_bias", "up.", "down.", "head")
-    matrices, rest = [], []
-    for name, p in P.items():
-        on_muon = name.startswith(names) and name != "head_bias"
-        (matrices if on_muon else rest).append(p)
-    return Muon(matrices, lr), torch.optim.AdamW(rest, lr, weight_decay=0, fused=True)
+    on_muon = {name: p for name, p in P.items() if name.startswith(names) and name != "head_bias"}
+    rest = [p for name, p in P.items() if name not in on_muon]
+    return Muon(on_muon.values(), lr), torch.optim.AdamW(rest, lr, weight_decay=0, fused=True)
 
-
-# ---- training ------------------------------------------------------------------------------------
 
 class Seeds:
     """Seeds that train side by side: their parameters, optimizers and random streams."""
@@ -503,14 +445,12 @@ class Seeds:
         self.tensors = [x.detach() for x in tensors]    # of the same memory
 
     def episode(self, run, diagnose):
-        """Error and diagnostics, each (S,), of one more episode."""
+        """The notes of one more episode, each (S,)."""
         B, H, n = run.batch * run.scale, run.length, 1 if run.algo in SINGLE else run.candidates
         draw = lambda make: torch.stack(list(map(make, self.rngs))).to(self.started.device)
         prompts = draw(lambda rng: torch.randint(run.vocab, (B, H), generator=rng))
         uniform = draw(lambda rng: torch.rand(B, n, H, generator=rng))
-        error, notes = episode(run, self.P, self.optimizer, prompts, uniform, self.started,
-                               diagnose)
-        return {"error": error, **notes}
+        return episode(run, self.P, self.optimizer, prompts, uniform, self.started, diagnose)
 
     def state(self):
         return {"tensors": self.tensors, "adam": self.adam.state_dict(),
@@ -525,12 +465,10 @@ class Seeds:
 
 
 def train(run, device, share, diagnose=False, checkpoints=()):
-    """Errors (episodes, S) of all seeds, the diagnostics {name: (episodes, S)}, and seconds.
-
-    With share (for CPUs) each seed runs by itself: in a batch all would be as large as the largest
-    tree, and less of it would fit the caches. For tpo at H = 10 that costs 0.32 s an episode
-    instead of 0.53, and less once it has learned. With two paths as checkpoints, the state goes to
-    the first each minute, what stood there to the second, and the same run goes on from there."""
+    """Errors (episodes, S) of all seeds, the diagnostics {name: (episodes, S)}, and seconds. With
+    share (for CPUs) each seed runs by itself: a batch of them is as large as the largest tree (tpo
+    at H = 10: 0.53 s an episode, not 0.32). With two paths as checkpoints, the state goes to the
+    first each minute, what stood there to the second, and the same run goes on from there."""
     groups = [[s] for s in range(run.seeds)] if share else [range(run.seeds)]
     parts = [Seeds(run, seeds, device) for seeds in groups]
     kind, rows, saved = [*run, diagnose, share], [], load(checkpoints)     # a row per episode
@@ -547,13 +485,11 @@ def train(run, device, share, diagnose=False, checkpoints=()):
         rows.append({name: torch.cat([row[name] for row in each]) for name in each[0]})
         now = time.monotonic()
         if now - said > 10 or done == run.episodes:
-            if not all(p.isfinite().all() for part in parts for p in part.P.values()):
-                fail(f"{run.algo}: weights that are not finite by episode {done}; "
-                     f"try a lower --lr (now {run.lr:g})")
-            speed, error = done / (now - start), rows[-1]["error"].mean()
-            print(f"  {run.algo:13s} episode {done:5,d}/{run.episodes:,d}   error {error:7.2%}   "
-                  f"{speed * run.seeds:5.1f} seed-episodes/s   "
-                  f"{(run.episodes - done) / speed:4.0f} s left")
+            if not all(p.isfinite().all() for part in parts for p in part.tensors):
+                fail(f"{run.algo}: weights not finite by episode {done}: try a lower --lr")
+            left = (run.episodes - done) / done * (now - start)
+            print(f"  {run.algo:13s} episode {done:5,d}/{run.episodes:,d}   "
+                  f"error {rows[-1]['error'].mean():7.2%}   {left:4.0f} s left")
             said = now
         if checkpoints and now - written > EVERY:
             states = [part.state() for part in parts]
@@ -563,8 +499,7 @@ def train(run, device, share, diagnose=False, checkpoints=()):
     return columns.pop("error"), columns, time.monotonic() - start
 
 
-# ---- records -------------------------------------------------------------------------------------
-
+# ---- records, files and flags --------------------------------------------------------------------
 def rounded(x):
     return [float(f"{v:.4g}") for v in x.tolist()] if x.ndim else float(f"{x:.4g}")
 
@@ -591,14 +526,12 @@ def records(run, errors, notes, seconds):
 
 def report(results):
     """A table of {run: result}, and the eight best in one line, with the settings that vary."""
-    print(f"\n{'':13s}{'setting':>50}{'final error ± s.e.':>20}{'solved':>8}{'1% at':>7}"
-          f"{'ms/episode':>12}")
+    print(f"\n{'setting':>63}{'final error ± s.e.':>20}{'solved':>8}{'1% at':>7}{'ms/episode':>12}")
     for run, r in results.items():
-        se = "" if r["final_error_se"] is None else f" ± {r['final_error_se']:.1%}"
-        error = f"{r['final_error']:.1%}{se}"
-        step = "-" if r["steps_to_1pct"] is None else r["steps_to_1pct"]
-        print(f"{run.algo:13s}{' '.join(run.words):>50}{error:>20}{r['solved']:>8.0%}{step:>7}"
-              f"{r['ms_per_episode_seed']:>12.1f}")
+        se, step = r["final_error_se"], r["steps_to_1pct"]
+        error = f"{r['final_error']:.1%}" + ("" if se is None else f" ± {se:.1%}")
+        print(f"{run.algo:13s}{' '.join(run.words):>50}{error:>20}{r['solved']:>8.0%}"
+              f"{'-' if step is None else step:>7}{r['ms_per_episode_seed']:>12.1f}")
     best = []
     for run in sorted(results, key=lambda run: results[run]["final_error"])[:8]:
         others = [other.words for other in results if other.algo == run.algo]
@@ -607,8 +540,6 @@ def report(results):
     print(f"final error, {run.seeds} seed{'s' * (run.seeds > 1)}: {', '.join(best)}")
 
 
-# ---- files, flags and errors ---------------------------------------------------------------------
-
 def fail(message):
     print(f"seqtask.py: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -616,8 +547,7 @@ def fail(message):
 
 @contextmanager
 def alone(path):
-    """Hold path, a log, or stop with the name of the run that does. The system drops the lock of a
-    process that ends, however it ends; the file stays."""
+    """Hold path or stop with the name of the run that does. The system drops a dead run's lock."""
     try:
         if path.exists() and not path.is_file():
             raise OSError("not a file")
@@ -634,15 +564,13 @@ def alone(path):
         except (ImportError, OSError):                  # Windows, or a disk without locks
             pass
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
+        print(f"process {os.getpid()} on {platform.node()}", end="", file=lock, flush=True)
         yield
 
 
 def write(data, path, previous=None):
-    """Bytes to a file that no other process makes, then renamed: path is never half-written. What
-    stood there goes to previous."""
-    temporary = Path(f"{path}.{uuid.uuid4().hex}.part")
+    """Never half a file: to one that no other process makes, then renamed."""
+    temporary = Path(f"{path}.{os.urandom(8).hex()}.part")
     try:
         with temporary.open("xb") as f:
             f.write(data)
@@ -663,19 +591,18 @@ def save(checkpoints, state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
-    write(hashlib.sha256(data).digest() + data, *checkpoints)
+    write(sha256(data).digest() + data, *checkpoints)
 
 
 def load(checkpoints):
     """The state in the first of the files that is there; {} without any."""
-    found = [path for path in checkpoints if path.exists()]
-    if not found:
-        return {}
-    data = found[0].read_bytes()
-    if hashlib.sha256(data[32:]).digest() != data[:32]:
-        fail(f"--out: {found[0]} is damaged (its checksum differs): delete it to go on from "
-             f"{' or '.join(map(str, [*found[1:], 'the start']))}")
-    return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
+    for path in filter(Path.exists, checkpoints):
+        data = path.read_bytes()
+        if sha256(data[32:]).digest() != data[:32]:
+            fail(f"--out: {path} is damaged (its checksum differs): delete it to go on from "
+                 f"{checkpoints[1]} or, without that, from the start")
+        return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
+    return {}
 
 
 def read(path):
@@ -686,20 +613,20 @@ def read(path):
         results = [r for r in log if r["kind"] == "result"]
         return log, {Run(*(r[name] for name in Run._fields)): r for r in results}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--out {path}: holds something else than a log of seqtask.py ({error}); "
-             "give another file")
+        fail(f"--out {path}: holds no log of seqtask.py ({error}); give another file")
 
 
-def values(cfg, name, kind=str):
+def values(cfg, name):
     """The entries of a comma list, or the one value of a number, checked."""
     given = getattr(cfg, name)
     allowed = {"preset": PRESETS, "algo": ALGOS, "match": ("prompts", "interactions"),
                "target": ("copy", "flip", "reverse_copy", "reverse_flip"),
                "reward": ("bag", "sequential", "terminal"),
                "device": ["cpu"] + ["cuda"] * torch.cuda.is_available()}.get(name)
+    kind = str if allowed else float if name in ("eta", "lr") else int
     try:
         entries = [kind(entry) for entry in str(given).split(",")]
-        fine = all(x in allowed if allowed else 0 < x < math.inf for x in entries)
+        fine = all(x in allowed if allowed else 0 < x < torch.inf for x in entries)
     except ValueError:                                  # no number
         fine = False
     if not fine:
@@ -713,7 +640,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      epilog="* a comma list runs every combination")
     parser.error = fail
-    flags = {"--" + f.name.replace("_", "-"): f for f in fields(Config)}
+    flags = {f"--{f.name.replace('_', '-')}": f for f in fields(Config)}
     for name, f in flags.items():
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument(name, default=f.default, **kind,
@@ -724,7 +651,7 @@ def parse(argv):
     before = PRESETS[values(cfg, "preset")[0]].split() if cfg.preset else []
     cfg = parser.parse_args(before + argv)              # of two equal flags the last one wins
     if cfg.smoke:
-        lengths = dict.fromkeys(str(min(6, H)) for H in values(cfg, "length", int))
+        lengths = dict.fromkeys(str(min(6, H)) for H in values(cfg, "length"))
         before += (f"--length {','.join(lengths)} --batch {min(50, cfg.batch)} --seeds 1 "
                    f"--episodes {min(300, cfg.episodes)} "
                    f"--candidates {cfg.candidates if cfg.preset == 'ksweep' else 8}").split()
@@ -735,13 +662,12 @@ def parse(argv):
 
 def grid(cfg):
     """The runs of all combinations, algo changing faster than all but epochs."""
-    kinds = {name: kind for name, kind in Run.__annotations__.items() if name != "epochs"}
-    kinds["algo"] = kinds.pop("algo")                   # the last one
+    names = [name for name in Run._fields if name not in ("algo", "epochs")] + ["algo"]
     runs = []
-    for cell in itertools.product(*(values(cfg, name, kind) for name, kind in kinds.items())):
-        dg = cell[-1] == "dg"
-        for epochs in values(cfg, "dg_epochs" if dg else "epochs", int):
-            runs.append(Run(**dict(zip(kinds, cell)), epochs=epochs))
+    for cell in product(*(values(cfg, name) for name in names)):
+        setting = dict(zip(names, cell))
+        for epochs in values(cfg, "dg_epochs" if setting["algo"] == "dg" else "epochs"):
+            runs.append(Run(epochs=epochs, **setting))
             check(cfg, runs[-1])
     return runs
 
@@ -756,8 +682,7 @@ def check(cfg, run):
     if run.algo == "maxrl" and run.reward != "terminal":
         fail(f"{algo} with {reward}: its scores are 0 or 1; allowed is terminal")
     if run.algo not in SINGLE and run.candidates == 1:
-        fail(f"--candidates 1 with {algo}: a group needs at least 2; allowed with 1 are "
-             + ", ".join(SINGLE))
+        fail(f"--candidates 1 with {algo}: a group needs 2; allowed are {', '.join(SINGLE)}")
 
 
 def main(argv=None):
@@ -768,15 +693,15 @@ def main(argv=None):
     checkpoints = [Path(f"{out}{end}") for end in (".checkpoint", ".checkpoint.previous") if out]
     with alone(out) if out else nullcontext():
         log, results = read(out)
-        command = " ".join(["python seqtask.py", *argv])
-        log = log or [{"kind": "config", "command": command, **asdict(cfg)}]
+        log = log or [{"kind": "config", "command": f"python seqtask.py {' '.join(argv)}",
+                       **asdict(cfg)}]
         for i, run in enumerate(runs, 1):
             print(f"{i}/{len(runs)} {run.algo}: {' '.join(run.words)}, seeds {run.seeds}")
             if run in results:
                 print(f"  is in {out} already: not run again")
                 continue
-            cpu = cfg.device == "cpu"
-            log += records(run, *train(run, cfg.device, cpu, cfg.diagnostics, checkpoints))
+            trained = train(run, cfg.device, cfg.device == "cpu", cfg.diagnostics, checkpoints)
+            log += records(run, *trained)
             results[run] = log[-1]
             if out:
                 write("".join(json.dumps(line) + "\n" for line in log).encode(), out)
