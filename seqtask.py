@@ -1,73 +1,64 @@
-"""The sequence experiments of TPO (arXiv 2604.06159): a small transformer learns from reward alone
-to reverse tokens.
+"""The sequence tasks of TPO (arXiv 2604.06159): a transformer learns by reward to reverse tokens.
 
     python seqtask.py                        terminal reward, H = 7, 3 seeds: 2 min on two cores
     python seqtask.py --preset section4 --smoke --out a.jsonl  shrunk to minutes on a CPU
     python seqtask.py --preset table3 --length 8 --seeds 3     your flags replace the preset's
-The last line to expect from the first command (on another machine 4.0, 22.8, 97.8, as rounding
-alone moves single seeds):
+The first one's last line (elsewhere 4.0, 22.8, 97.8, as rounding alone moves single seeds):
     final error, 3 seeds: tpo 1.8%, grpo 19.4%, dg 97.1%
 
 Prompt: H tokens uniform over V. The policy writes H tokens; the goal is the prompt (copy),
 V - 1 - x (flip), or either one reversed. Reward per token: bag 1 if right; sequential 1 if it and
 all before it are right; terminal 1 on every token if all H are right, else 0. Error of an episode =
 1 - mean reward of its rollouts, before its updates.
-S seeds train side by side: every parameter has a leading axis S (on a CPU S = 1, see train).
-B prompts, K candidates, H length, V vocabulary, L tokens of a sequence as input (2H - 1, as the
-last one is never read), N sequences: B * K, or B where one suffices or candidates are next tokens.
-A training pass computes each distinct prefix once (see Tree) and skips what has exactly no
-gradient (see episode).
+S seeds train side by side, on a leading axis of every parameter (on a CPU S = 1, see train). B
+prompts, K candidates, H length, V vocabulary, L = 2H - 1 tokens of a sequence as input (the last
+one is never read), N sequences: B * K, or B where one suffices or candidates are next tokens.
 """
 import argparse
-import itertools
+import io
 import json
-import math
 import os
+import platform
 import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections import namedtuple
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from baselines import METHODS
-from tpo import standardize, tpo_target, tpo_weights
+from baselines import METHODS, tpo_no_anchor_loss
+from tpo import standardize, tpo_loss, tpo_target, tpo_weights
 
 # K next tokens at each prefix of one completion in place of K completions
 TOKEN = {name + "_token": METHODS[name]._replace(per="next") for name in ("tpo", "grpo")}
 ALGOS = METHODS | TOKEN
 SINGLE = [name for name, method in ALGOS.items() if method.per == "sample"]
 GROUPED = [name for name, method in ALGOS.items() if method.per in ("group", "token")]
-DIAGNOSED = [name for name in GROUPED                           # those that weigh by q or by u
-             if name not in ("rloo", "maxrl", "rebel", "oapl", "dr_grpo")]
+BY_TARGET = tpo_loss, tpo_no_anchor_loss                        # these weigh by p - q
 LAYERS, WIDTH, HEADS = 2, 64, 2
 EVERY = 60                                                      # seconds between checkpoints
 
-
-SECTION4 = dict(length="8", candidates="32", batch=256, episodes=2000, seeds=20)
-DENSE = dict(reward="bag", length="10", episodes=1000)
-TERMINAL = dict(length="10", episodes=2000, seeds=20)
+DENSE = "--reward bag --length 10 --episodes 1000 --algo tpo_token,grpo_token,dg,ppo --seeds 10"
+TERMINAL = "--length 10 --episodes 2000 --algo tpo,grpo,grpo_no_kl,ppo,dg --seeds 20"
+SECTION4 = "--length 8 --candidates 32 --batch 256 --episodes 2000 --algo tpo,grpo --seeds 20"
 PRESETS = {
-    "table1": DENSE | dict(algo="tpo_token,grpo_token,dg,ppo", vocab="2,4,8,16", seeds=20),
-    "table2": DENSE | dict(algo="tpo_token,grpo_token,dg,ppo", reward="bag,sequential", seeds=10,
-                           target="copy,flip,reverse_copy,reverse_flip"),
-    "table3": TERMINAL | dict(algo="tpo,grpo,grpo_no_kl,ppo,dg", length="7,8,9,10",
-                              match="prompts,interactions"),
-    "fig8": TERMINAL | dict(algo="tpo,tpo_no_anchor,group_pg,grpo_no_kl"),
-    "eta": DENSE | dict(algo="tpo_token", eta=".25,.5,1,2,4", seeds=10),
-    "ksweep": SECTION4 | dict(algo="tpo,grpo", candidates="4,8,16,32,64"),
-    "epochs": SECTION4 | dict(algo="tpo,grpo", epochs="1,2,4,8,16"),
-    "masking": SECTION4 | dict(algo="tpo,grpo,grpo_masked"),
-    "dg-epochs": SECTION4 | dict(algo="dg", dg_epochs="1,4"),
-    "section4": SECTION4 | dict(algo="tpo,grpo", diagnostics=True)}
-
-
-def flag(default, help):
-    """A field that becomes a command-line flag; one with * takes a comma list."""
-    return field(default=default, metadata={"help": help})
+    "table1": f"{DENSE} --vocab 2,4,8,16 --seeds 20",
+    "table2": f"{DENSE} --reward bag,sequential --target copy,flip,reverse_copy,reverse_flip",
+    "table3": f"{TERMINAL} --length 7,8,9,10 --match prompts,interactions",
+    "fig8": f"{TERMINAL} --algo tpo,tpo_no_anchor,group_pg,grpo_no_kl",
+    "eta": f"{DENSE} --algo tpo_token --eta .25,.5,1,2,4",
+    "ksweep": f"{SECTION4} --candidates 4,8,16,32,64",
+    "epochs": f"{SECTION4} --epochs 1,2,4,8,16",
+    "masking": f"{SECTION4} --algo tpo,grpo,grpo_masked",
+    "dg-epochs": f"{SECTION4} --algo dg --dg-epochs 1,4",
+    "section4": f"{SECTION4} --diagnostics"}
+flag = lambda default, help: field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -81,35 +72,21 @@ class Config:
     vocab: str = flag("2", "V, tokens to choose from *")
     candidates: str = flag("8", "K, candidates in a group *")
     batch: int = flag(100, "B, prompts per episode")
-    epochs: str = flag("4", "gradient epochs on each batch of rollouts, for all but dg; pg, kondo, "
-                            "group_pg, rloo and maxrl are made for 1 *")
+    epochs: str = flag("4", "gradient epochs per batch, dg's aside; pg, rloo, maxrl: made for 1 *")
     dg_epochs: str = flag("1", "the same for dg *")
     eta: str = flag("1", "temperature of TPO's target and of DG's gate, and REBEL's eta *")
     lr: float = flag(1e-3, "learning rate of Muon and of AdamW")
     episodes: int = flag(300, "batches of rollouts")
     seeds: int = flag(3, "seeds, 0 and up")
-    match: str = flag("prompts", "prompts: the same B for all; interactions: single-rollout "
-                                 "methods get B * K prompts and lr * sqrt(K) *")
+    match: str = flag("prompts", "prompts; interactions: lone rollouts get B * K, lr * sqrt(K) *")
     diagnostics: bool = flag(False, "also record gradient norms, group shares and weights")
     device: str = flag("cpu", "cpu or cuda")
     out: str = flag("", "a JSON-lines log, and each minute a checkpoint beside it, to go on from")
 
 
-class Run(NamedTuple):
+class Run(namedtuple("Run", "target reward algo length vocab candidates batch epochs eta lr match "
+                            "seeds episodes")):
     """One algorithm at one setting: a cell of the grid that the comma lists span."""
-    target: str
-    reward: str
-    algo: str
-    length: int
-    vocab: int
-    candidates: int
-    batch: int
-    epochs: int
-    eta: float
-    lr: float
-    match: str
-    seeds: int
-    episodes: int
 
     @property
     def K(self):                                                # rollouts per prompt
@@ -120,54 +97,53 @@ class Run(NamedTuple):
         return self.candidates if self.match == "interactions" and self.algo in SINGLE else 1
 
     @property
+    def loss(self):
+        return ALGOS[self.algo].bind(eta=self.eta, anchor=1.0, length=self.length)
+
+    @property
     def words(self):
         return (self.target, self.reward, f"H {self.length}", f"V {self.vocab}",
                 f"K {self.candidates}", f"B {self.batch}", f"E {self.epochs}", f"eta {self.eta:g}",
                 self.match)
 
 
-def run_of(result):
-    return Run(*(result[name] for name in Run._fields))
-
-
 # ---- the algorithm: sample, score, weigh, fit ----------------------------------------------------
-
-def episode(run, P, optimizer, prompts, uniform, started, share, diagnose=False):
+def episode(run, P, optimizer, prompts, uniform, started, diagnose=False):
     """One batch of rollouts and its gradient epochs. prompts (S, B, H), uniform (S, B, n, H);
-    started (S,), bool, tells which seeds have ever had a gradient, and is updated. With share
-    (S = 1) equal prefixes are computed once. Returns the error (S,) and the diagnostics, each (S,).
-    """
-    y, choice, logp_old = sample(run, P, prompts, uniform, share)
+    started (S,), bool, tells which seeds have ever had a gradient, and is updated. Returns notes,
+    each (S,): the error and the diagnostics."""
+    y, choice, logp_old = sample(run, P, prompts, uniform)
+    old = logp_old * (run.algo != "tpo_no_anchor")      # what the loss sees of p_old
     r, scores = score(run, prompts, y, choice)
-    w = weights(run, logp_old, logp_old, scores)        # the first epoch's: p = p_old is known
+    w = weights(run, logp_old, old, scores)             # the first epoch's: p = p_old is known
     kept = (w != 0).flatten(2).any(-1)                  # (S, N) no weight, no gradient
     started |= kept.any(-1)
     sequences = torch.cat((prompts.repeat_interleave(run.K, 1), y[..., :-1]), -1)      # (S, N, L)
-    notes = {}
+    notes = {"error": 1 - r.mean((1, 2, 3))}
     for epoch in range(run.epochs):
         if epoch == 1:                                  # a seed that has never moved has p = p_old
             kept = can_pull(run, choice, scores) & started[:, None]
         if epoch < 2:
-            nodes, index = locate(run, sequences, choice, kept, share)
+            nodes, index = locate(run, sequences, choice, kept)
         for p in P.values():
             p.grad = torch.zeros_like(p)
-        if not share or kept.any():                     # else momentum alone moves the weights
+        if len(prompts) > 1 or kept.any():              # else momentum alone moves the weights
             logp = forward(P, nodes, run.length).flatten(1).gather(1, index).view_as(logp_old)
             if epoch > 0:
-                w = weights(run, logp.detach(), logp_old, scores)
+                w = weights(run, logp.detach(), old, scores)
             (w.where(kept[..., None, None], 0) * logp).sum().backward()
         if epoch == 0 and diagnose:
             norm = sum(p.grad.flatten(1).square().sum(1) for p in P.values()).sqrt()
-            notes = diagnostics(run, norm, logp_old, scores)
+            notes |= diagnostics(run, norm, old, scores)
         for o in optimizer:
             o.step()
-    return 1 - r.mean((1, 2, 3)), notes
+    return notes
 
 
-def sample(run, P, prompts, uniform, share):
+def sample(run, P, prompts, uniform):
     """Answers y (S, N, H); the tokens to weigh (S, N, H, C), C = 1 those of y, or C = K next ones;
     and their log-probs."""
-    y, logp = rollout(P, prompts, uniform[:, :, :run.K].flatten(1, 2), share)
+    y, logp = rollout(P, prompts, uniform[:, :, :run.K].flatten(1, 2))
     choice = y[..., None]
     if run.algo in TOKEN:                               # the first candidate is the one written
         others = inverse_cdf(logp[:, :, None], uniform[:, :, 1:])              # (S, B, K - 1, H)
@@ -178,9 +154,8 @@ def sample(run, P, prompts, uniform, share):
 def score(run, prompts, y, choice):
     """Rewards (S, B, K, H) of the tokens written, and the scores that the method compares: of
     answers (S, B, K), of their tokens (S, B, 1, H), or of next tokens (S, B, H, K)."""
-    S, B, H = prompts.shape
     goals = goal(run.target, prompts, run.vocab)
-    r = rewards(run.reward, y.view(S, B, run.K, H) == goals[:, :, None])
+    r = rewards(run.reward, y.unflatten(1, (-1, run.K)) == goals[:, :, None])
     if run.algo not in TOKEN:
         return r, r.mean(-1) if run.algo in GROUPED else r
     scores = (choice == goals[..., None]).float()
@@ -192,57 +167,50 @@ def score(run, prompts, y, choice):
 def weights(run, logp, logp_old, scores):
     """dL/dlogp (S, N, H, C); L is a sum over seeds. TPO's closed form is exactly 0 where p = q;
     autograd's is not."""
-    shape, per = logp.shape, ALGOS[run.algo].per
+    per = ALGOS[run.algo].per
     l, l_old = logp, logp_old                                                  # next: (S, B, H, K)
     if per != "next":
         l, l_old = (x.view(*scores.shape[:2], run.K, -1) for x in (l, l_old))  # (S, B, K, H)
     if per == "group":
         l, l_old = l.sum(-1), l_old.sum(-1)                                    # (S, B, K)
-    if run.algo.startswith("tpo"):
-        if run.algo == "tpo_no_anchor":
-            l_old = torch.zeros_like(l)
-        w = tpo_weights(l, l_old, scores, run.eta) * len(l)      # its mean is over the seeds too
+    if run.loss.func in BY_TARGET:                      # its mean is over the seeds too
+        w = tpo_weights(l, l_old, scores, **run.loss.keywords) * len(l)
     else:
-        loss = ALGOS[run.algo].bind(eta=run.eta, length=run.length)
         l = l.detach().requires_grad_()
-        w, = torch.autograd.grad(sum(map(loss, l, l_old, scores)), l)
-    return w.view(*shape[:2], 1, 1).expand(shape) if per == "group" else w.reshape(shape)
+        w, = torch.autograd.grad(sum(map(run.loss, l, l_old, scores)), l)
+    return w.flatten(1)[..., None, None].expand_as(logp) if per == "group" else w.reshape_as(logp)
 
 
 def can_pull(run, choice, scores):
     """(S, N) bool: answers that can have a gradient on a later epoch, when p has left p_old."""
-    S, B = scores.shape[:2]
-    if run.algo.startswith("tpo"):                      # K equal candidates: p = q = 1 / K for ever
+    if run.loss.func in BY_TARGET:                      # K equal candidates: p = q = 1 / K for ever
         if run.algo in GROUPED:
-            choice = choice.view(S, B, run.K, -1).mT
+            choice = choice[..., 0].unflatten(1, (-1, run.K)).mT
         groups = choice != choice[..., :1]                                     # (S, B, H, K)
     elif run.algo in SINGLE:
         groups = scores != scores.mean((1, 2), keepdim=True)
-    elif ALGOS[run.algo].pulls:
-        groups = torch.ones_like(scores)
-    else:                                               # at rest where all scores are equal
-        groups = standardize(scores) != 0
+    else:                                               # at rest where all scores are equal?
+        groups = (standardize(scores) != 0) | ALGOS[run.algo].pulls
     return groups.flatten(2).any(-1).repeat_interleave(run.K, 1)
 
 
-def locate(run, sequences, choice, kept, share):
+def locate(run, sequences, choice, kept):
     """The tree of the rows kept, and where each token to weigh stands in its table (S, answers *
     V). A row left out becomes a copy of one kept; it has no weight."""
-    if share:
+    if len(kept) == 1:
         one = sequences[:, kept[0].int().argmax()]                             # (1, L)
         sequences = sequences.where(kept[..., None], one[:, None])
-    nodes = tree(sequences, run.length, run.vocab, run.K, share)
+    nodes = tree(sequences, run.length, run.vocab, run.K)
     node = nodes.node[..., run.length - 1:, None]                              # (S, N, H, 1)
     return nodes, (node * run.vocab + choice).flatten(1)
 
 
-def diagnostics(run, norm, logp_old, scores):
-    """Of a grouped algorithm, each (S,): what the first epoch sees."""
+def diagnostics(run, norm, old, scores):
+    """Of a grouped algorithm, each (S,): what the first epoch sees. A weight is q, or |u|."""
     u = standardize(scores)
-    weight = u.abs()                                                           # |A|
-    if run.algo.startswith("tpo"):
-        anchor = logp_old.view(*scores.shape, -1).sum(-1) * (run.algo == "tpo")
-        weight = tpo_target(anchor, scores, run.eta)                           # q
+    weight = u.abs()
+    if run.loss.func in BY_TARGET:
+        weight = tpo_target(old.view(*scores.shape, -1).sum(-1), scores, **run.loss.keywords)
     solved = scores == 1                                                       # (S, B, K)
     mean = lambda which: weight.where(which, 0).sum((1, 2)) / which.sum((1, 2)).clamp(min=1)
     return {"gradient_norm": norm,
@@ -251,8 +219,6 @@ def diagnostics(run, norm, logp_old, scores):
             "weight_success": mean(solved),
             "weight_failure": mean(~solved)}
 
-
-# ---- task ----------------------------------------------------------------------------------------
 
 def goal(target, prompts, vocab):
     """The tokens that the policy should write, (..., H) like the prompts."""
@@ -263,28 +229,20 @@ def goal(target, prompts, vocab):
 def rewards(kind, right):
     """Reward of each token (..., H) from which ones are right (..., H), bool."""
     right = right.float()
-    if kind == "sequential":
-        return right.cumprod(-1)
-    if kind == "terminal":
-        return right.amin(-1, keepdim=True).expand_as(right)
-    return right                                                               # bag
+    return {"bag": right,
+            "sequential": right.cumprod(-1),
+            "terminal": right.amin(-1, keepdim=True).expand_as(right)}[kind]
 
 
 # ---- model: pre-norm decoder, every parameter with a leading seed axis ---------------------------
-
 def parameters(rng, vocab, length):
-    """The parameters of one seed. Kernels are (in, out), LeCun-normal truncated at 2 sigma, flax's
-    default; .88 is the truncated normal's sigma."""
-    normal = lambda std, *shape: torch.randn(shape, generator=rng) * std
+    """The parameters of one seed. Kernels (in, out) are flax's: LeCun-normal, cut at 2 sigma."""
+    cut_normal = lambda *shape: torch.nn.init.trunc_normal_(torch.empty(shape), generator=rng)
+    kernel = lambda n, m: cut_normal(n, m) / 0.87962566 / n**0.5       # the sigma after the cut
     zeros = lambda n: torch.zeros(1, n)
     ones = torch.ones(1, WIDTH)
-
-    def kernel(n, m):
-        W = torch.nn.init.trunc_normal_(torch.empty(n, m), std=1, a=-2, b=2, generator=rng)
-        return W / 0.87962566 / n**0.5
-
-    P = {"token": normal(WIDTH**-0.5, vocab, WIDTH),
-         "position": normal(0.02, 2 * length, WIDTH)}
+    P = {"token": torch.randn(vocab, WIDTH, generator=rng) * WIDTH**-0.5,
+         "position": torch.randn(2 * length, WIDTH, generator=rng) * 0.02}
     for l in range(LAYERS):
         P |= {f"gain1.{l}": ones, f"shift1.{l}": zeros(WIDTH),
               f"qkv.{l}": torch.cat([kernel(WIDTH, WIDTH) for _ in range(3)], 1),
@@ -317,10 +275,6 @@ def rest_of_layer(P, l, x, attended):
     return x + torch.baddbmm(P[f"down_bias.{l}"], h, P[f"down.{l}"])
 
 
-def log_policy(P, x):
-    return norm_linear(P, x, "", "head").log_softmax(-1)                       # (S, M, V)
-
-
 def take(x, index):
     """Rows of x (S, M, C) by index (S, ...), flattened: (S, n, C)."""
     S, M, C = x.shape
@@ -328,12 +282,10 @@ def take(x, index):
     return x.reshape(S * M, C).index_select(0, index.flatten()).view(S, -1, C)
 
 
-# ---- sequences as a tree -------------------------------------------------------------------------
-
+# ---- sequences as a tree, and rollouts -----------------------------------------------------------
 class Tree(NamedTuple):
-    """N sequences as a tree of M distinct prefixes (nodes). The model is causal, so a node is
-    computed once for all sequences that begin with it: linear layers run on nodes, attention on the
-    R distinct sequences. Gradients add up at the nodes. Longer prefixes have smaller numbers."""
+    """N sequences as a tree of M distinct prefixes, its nodes. The model is causal: linear layers
+    run on nodes, attention on the R distinct sequences. Longer prefixes have smaller numbers."""
     token: torch.Tensor     # (S, M) last token of the prefix
     path: torch.Tensor      # (S, R, L) the nodes of each distinct sequence
     source: torch.Tensor    # (S, M) one place in the flattened path where the node stands
@@ -341,24 +293,24 @@ class Tree(NamedTuple):
     answers: int            # number of nodes from token H - 1 on: those that predict the answer
 
 
-def distinct(key, share):
-    """The number of each key (S, N) among the distinct ones, ascending, and one place of each."""
+def distinct(key):
+    """The number of each key (S, N) among the distinct ones, ascending, and one place of each. With
+    S > 1 all count as distinct: else sizes would differ, and a GPU be waited for to know them."""
     place = torch.arange(key.shape[1], device=key.device).expand_as(key)
-    if not share:
+    if len(key) > 1:
         return place, place
-    found, number = key.unique(return_inverse=True)                            # S = 1
+    found, number = key.unique(return_inverse=True)
     return number, found.new_zeros(1, len(found)).scatter(1, number, place)
 
 
-def tree(tokens, H, V, K, share=True):
-    """The tree of tokens (S, N, L >= H), K neighbours with the same H first ones. share=False looks
-    for no other equal prefixes: then a GPU need not be waited for to know the sizes."""
+def tree(tokens, H, V, K):
+    """The tree of tokens (S, N, L >= H), K neighbours with the same H first ones."""
     S, N, L = tokens.shape
     number = tokens.new_zeros(S, N)
     numbers, sizes = [], []                             # at each length of the prefix
     for t in range(L):
-        number, one = distinct(number * V + tokens[..., t], share)
-        same = K if t < H and not share else 1
+        number, one = distinct(number * V + tokens[..., t])
+        same = K if t < H and S > 1 else 1
         numbers.append(number // same)
         sizes.append(one.shape[1] // same)
     node = torch.stack([number + sum(sizes[t + 1:]) for t, number in enumerate(numbers)], -1)
@@ -374,7 +326,9 @@ def forward(P, nodes, H, cache=None):
     """Log-probs (S, answers, V) of the token that follows each node of an answer. A list as cache
     collects each layer's keys and values, (S * R, 2, heads, L, 32)."""
     S, R, L = nodes.path.shape
-    x = embed(P, nodes.token, nodes.source % L)
+    hot = [F.one_hot(nodes.token, P["token"].shape[1]), F.one_hot(nodes.source % L, 2 * H)]
+    table = torch.cat((P["token"], P["position"]), 1)   # a product's backward is a product too, not
+    x = torch.cat(hot, -1).float() @ table              # a sum of M rows into V, one by one
     causal = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
     for l in range(LAYERS):
         qkv = heads(P, l, x, nodes.path)
@@ -388,18 +342,8 @@ def forward(P, nodes, H, cache=None):
         o = F.scaled_dot_product_attention(q[:, :, first:], k, v, causal[first:])
         o = o.transpose(1, 2).reshape(S, -1, WIDTH)                            # (S, R * H, 64)
         x = rest_of_layer(P, l, x, take(o, source))
-    return log_policy(P, x)
+    return norm_linear(P, x, "", "head").log_softmax(-1)
 
-
-def embed(P, token, position):
-    """Token and position (S, M) looked up by one product with 0/1: its backward is a product too,
-    not a sum of M rows into V, one by one."""
-    hot = [F.one_hot(index, P[name].shape[1])
-           for index, name in ((token, "token"), (position, "position"))]
-    return torch.cat(hot, -1).float() @ torch.cat((P["token"], P["position"]), 1)    # (S, M, 64)
-
-
-# ---- rollout -------------------------------------------------------------------------------------
 
 def inverse_cdf(logp, uniform):
     passed = uniform[..., None] > logp.exp().cumsum(-1)
@@ -407,12 +351,11 @@ def inverse_cdf(logp, uniform):
 
 
 @torch.no_grad()
-def rollout(P, prompts, uniform, share):
-    """Answers y (S, N, H) to prompts (S, B, H), K for each, with log-probs (S, N, H, V) of all
-    tokens at each step. uniform (S, N, H) decides the samples. Each prompt is computed once, then
-    each distinct prefix of the answers once, on the keys and values of all before it."""
+def rollout(P, prompts, uniform):
+    """Answers y (S, N, H) to prompts (S, B, H), and log-probs (S, N, H, V) of all tokens at each
+    step: once for each distinct prefix. uniform (S, N, H) decides the samples."""
     (S, B, H), N, V = prompts.shape, uniform.shape[1], P["token"].shape[1]
-    nodes, prompt_cache = tree(prompts, H, V, 1, share), []
+    nodes, prompt_cache = tree(prompts, H, V, 1), []
     logp = forward(P, nodes, H, prompt_cache)                                  # (S, prompts, V)
     number = nodes.node[..., -1].repeat_interleave(N // B, 1)    # (S, N) which prefix each has
     cache = []                                          # with room for the answer's
@@ -422,7 +365,7 @@ def rollout(P, prompts, uniform, share):
     y, logps = [], []
     for t in range(H):
         if t > 0:
-            number, one = distinct(number * V + y[-1], share)
+            number, one = distinct(number * V + y[-1])
             logp = append(P, cache, H + t - 1, y[-1].gather(1, one), number, one)
         logps.append(take(logp, number))                                       # (S, N, V)
         y.append(inverse_cdf(logps[-1], uniform[..., t]))
@@ -440,11 +383,10 @@ def append(P, cache, position, token, number, one):
         k, v = cache[l][..., :position + 1, :].unbind(1)
         o = F.scaled_dot_product_attention(qkv[:, 0], k, v).view(S, N, WIDTH)
         x = rest_of_layer(P, l, x, take(o, one))
-    return log_policy(P, x)
+    return norm_linear(P, x, "", "head").log_softmax(-1)
 
 
-# ---- optimizer -----------------------------------------------------------------------------------
-
+# ---- optimizers and training ---------------------------------------------------------------------
 def orthogonalize(X):
     """X (..., n, m), n <= m, with singular values moved near 1: five Newton-Schulz steps."""
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-8)
@@ -480,18 +422,14 @@ class Muon:
 
 
 def optimizers(P, lr):
-    """Muon for what is 2-D in the reference: embeddings, MLP kernels, the head, and, as a quirk of
-    its shapes that we keep, the (heads, 32) biases of q, k and v. AdamW for the rest: its attention
-    kernels are 3-D, so they are here. Not kept: optax.contrib.muon gives its AdamW Nesterov
-    momentum and corrects Muon's bias (results/seqtask/optax.txt)."""
+    """Muon for what is 2-D in the reference: embeddings, MLP kernels, the head and, a quirk that we
+    keep, biases of q, k and v. AdamW for the rest, attention kernels too: they are 3-D there. Not
+    kept: optax's Nesterov momentum in AdamW, its bias correction (results/seqtask/optax.txt)."""
     names = ("token", "position", "qkv_bias", "up.", "down.", "head")
-    on_muon = {name for name in P if name.startswith(names) and name != "head_bias"}
+    on_muon = {name: p for name, p in P.items() if name.startswith(names) and name != "head_bias"}
     rest = [p for name, p in P.items() if name not in on_muon]
-    return (Muon([p for name, p in P.items() if name in on_muon], lr),
-            torch.optim.AdamW(rest, lr, weight_decay=0, fused=True))
+    return Muon(on_muon.values(), lr), torch.optim.AdamW(rest, lr, weight_decay=0, fused=True)
 
-
-# ---- training ------------------------------------------------------------------------------------
 
 class Seeds:
     """Seeds that train side by side: their parameters, optimizers and random streams."""
@@ -501,319 +439,282 @@ class Seeds:
         each = [parameters(rng, run.vocab, run.length) for rng in self.rngs]
         self.P = {name: torch.stack([P[name] for P in each]).to(device).requires_grad_()
                   for name in each[0]}
-        self.optimizer = optimizers(self.P, run.lr * run.scale**0.5)
+        muon, self.adam = self.optimizer = optimizers(self.P, run.lr * run.scale**0.5)
         self.started = torch.zeros(len(seeds), dtype=torch.bool, device=device)
+        tensors = *self.P.values(), *muon.momentum.values(), self.started
+        self.tensors = [x.detach() for x in tensors]    # of the same memory
 
-    def episode(self, run, share, diagnose):
-        """Error and diagnostics, each (S,), of one more episode."""
+    def episode(self, run, diagnose):
+        """The notes of one more episode, each (S,)."""
         B, H, n = run.batch * run.scale, run.length, 1 if run.algo in SINGLE else run.candidates
         draw = lambda make: torch.stack(list(map(make, self.rngs))).to(self.started.device)
         prompts = draw(lambda rng: torch.randint(run.vocab, (B, H), generator=rng))
         uniform = draw(lambda rng: torch.rand(B, n, H, generator=rng))
-        error, notes = episode(run, self.P, self.optimizer, prompts, uniform, self.started, share,
-                               diagnose)
-        return {"error": error, **notes}
+        return episode(run, self.P, self.optimizer, prompts, uniform, self.started, diagnose)
 
     def state(self):
-        muon, adam = self.optimizer
-        tensors = (*self.P.values(), *muon.momentum.values(), self.started)
-        return {"tensors": [x.detach() for x in tensors], "adam": adam.state_dict(),
+        return {"tensors": self.tensors, "adam": self.adam.state_dict(),
                 "rngs": [rng.get_state() for rng in self.rngs]}
 
     def restore(self, saved):
-        for x, was in zip(self.state()["tensors"], saved["tensors"]):
+        for x, was in zip(self.tensors, saved["tensors"]):
             x.copy_(was)
-        self.optimizer[1].load_state_dict(saved["adam"])
+        self.adam.load_state_dict(saved["adam"])
         for rng, was in zip(self.rngs, saved["rngs"]):
             rng.set_state(was)
 
 
-def train(run, device, share, diagnose=False, checkpoint=None):
-    """Errors (episodes, S) of all seeds, the diagnostics {name: (episodes, S)}, and seconds.
-
-    With share (for CPUs) each seed runs by itself: in a batch all would be as large as the largest
-    tree, and less of it would fit the caches. For tpo at H = 10 that costs 0.32 s an episode
-    instead of 0.53, and less once it has learned. With a path as checkpoint, the state is written
-    there each minute, and a run of the same kind goes on from there."""
+def train(run, device, share, diagnose=False, checkpoints=()):
+    """Errors (episodes, S) of all seeds, the diagnostics {name: (episodes, S)}, and seconds. With
+    share (for CPUs) each seed runs by itself: a batch of them is as large as the largest tree (tpo
+    at H = 10: 0.53 s an episode, not 0.32). With two paths as checkpoints, the state goes to the
+    first each minute, what stood there to the second, and the same run goes on from there."""
     groups = [[s] for s in range(run.seeds)] if share else [range(run.seeds)]
     parts = [Seeds(run, seeds, device) for seeds in groups]
-    kind = {**run._asdict(), "diagnose": diagnose, "share": share}
-    rows, start = [], time.time()                       # a row per episode
-    saved = load(checkpoint)
+    kind, rows, saved = [*run, diagnose, share], [], load(checkpoints)     # a row per episode
+    start = said = written = time.monotonic()
     if saved and saved["kind"] == kind:
         for part, was in zip(parts, saved["parts"]):
             part.restore(was)
         rows, start = saved["rows"], start - saved["seconds"]
-        print(f"  goes on after episode {len(rows):,d}, from {checkpoint}")
+        print(f"  goes on after episode {len(rows):,d}, from {checkpoints[0]}")
     elif saved:
-        print(f"  {checkpoint} is of another run, and replaced in a minute")
-    said = written = time.time()
+        print(f"  {checkpoints[0]} is of another run, and replaced in a minute")
     for done in range(len(rows) + 1, run.episodes + 1):
-        each = [part.episode(run, share, diagnose) for part in parts]
+        each = [part.episode(run, diagnose) for part in parts]
         rows.append({name: torch.cat([row[name] for row in each]) for name in each[0]})
-        seconds = time.time() - start
-        if time.time() - said > 10 or done == run.episodes:
-            progress(run, parts, done, rows[-1]["error"].mean(), done / seconds)
-            said = time.time()
-        if checkpoint and time.time() - written > EVERY:
-            write(checkpoint, dict(kind=kind, rows=rows, seconds=seconds,
-                                   parts=[part.state() for part in parts]))
-            written = time.time()
+        now = time.monotonic()
+        if now - said > 10 or done == run.episodes:
+            if not all(p.isfinite().all() for part in parts for p in part.tensors):
+                fail(f"{run.algo}: weights not finite by episode {done}: try a lower --lr")
+            left = (run.episodes - done) / done * (now - start)
+            print(f"  {run.algo:13s} episode {done:5,d}/{run.episodes:,d}   "
+                  f"error {rows[-1]['error'].mean():7.2%}   {left:4.0f} s left")
+            said = now
+        if checkpoints and now - written > EVERY:
+            states = [part.state() for part in parts]
+            save(checkpoints, dict(kind=kind, rows=rows, seconds=now - start, parts=states))
+            written = now
     columns = {name: torch.stack([row[name].cpu() for row in rows]) for name in rows[0]}
-    return columns.pop("error"), columns, time.time() - start
+    return columns.pop("error"), columns, time.monotonic() - start
 
 
-def progress(run, parts, done, error, speed):
-    if not all(p.isfinite().all() for part in parts for p in part.P.values()):    # no error tells
-        fail(f"{run.algo}: weights that are not finite by episode {done}; "
-             f"try a lower --lr (now {run.lr:g})")
-    print(f"  {run.algo:13s} episode {done:5,d}/{run.episodes:,d}   error {error:7.2%}   "
-          f"{speed * run.seeds:5.1f} seed-episodes/s   {(run.episodes - done) / speed:4.0f} s left",
-          flush=True)
-
-
-# ---- records -------------------------------------------------------------------------------------
-
+# ---- records, files and flags --------------------------------------------------------------------
 def rounded(x):
     return [float(f"{v:.4g}") for v in x.tolist()] if x.ndim else float(f"{x:.4g}")
 
 
-def standard_error(x):
-    """Over the seeds, the last axis; None for one seed."""
-    return rounded(x.std(-1) / x.shape[-1]**0.5) if x.shape[-1] > 1 else None
-
-
 def records(run, errors, notes, seconds):
     """A curve, each point a mean over episodes, and the result, of the last 10 of them."""
-    T = len(errors)
+    T, S = errors.shape
     every = max(1, T // 200)
-    thin = lambda x: x[:T // every * every].view(-1, every, x.shape[1]).mean(1)       # (points, S)
+    thin = lambda x: x[:T // every * every].view(-1, every, S).mean(1)                # (points, S)
+    error_of_mean = lambda x: rounded(x.std(-1) / S**0.5) if S > 1 else None
     curve = {"kind": "curve", **run._asdict(), "every": every,
-             "error": rounded(thin(errors).mean(1)), "error_se": standard_error(thin(errors)),
+             "error": rounded(thin(errors).mean(1)), "error_se": error_of_mean(thin(errors)),
              "error_per_seed": [rounded(error) for error in thin(errors).T]}
     curve |= {name: rounded(thin(note).mean(1)) for name, note in notes.items()}
     final = errors[-10:].mean(0)                                               # (S,)
     below = (errors.mean(1) < 0.01).nonzero()
     return curve, {"kind": "result", **run._asdict(), "final_error": rounded(final.mean()),
-                   "final_error_se": standard_error(final),
+                   "final_error_se": error_of_mean(final),
                    "solved": rounded((final < 0.05).float().mean()),
                    "steps_to_1pct": below[0, 0].item() if len(below) else None,
-                   "ms_per_episode_seed": float(f"{seconds / T / run.seeds * 1e3:.4g}"),
+                   "ms_per_episode_seed": float(f"{seconds / T / S * 1e3:.4g}"),
                    "threads": torch.get_num_threads()}
 
 
 def report(results):
-    """A table, and the eight best in one line, with the settings that vary."""
-    print(f"\n{'':13s}{'setting':>50}{'final error ± s.e.':>20}{'solved':>8}{'1% at':>7}"
-          f"{'ms/episode':>12}")
-    words = [run_of(r).words for r in results]
-    for r, setting in zip(results, words):
-        se = "" if r["final_error_se"] is None else f" ± {r['final_error_se']:.1%}"
-        error = f"{r['final_error']:.1%}{se}"
-        step = "-" if r["steps_to_1pct"] is None else r["steps_to_1pct"]
-        print(f"{r['algo']:13s}{' '.join(setting):>50}{error:>20}{r['solved']:>8.0%}{step:>7}"
-              f"{r['ms_per_episode_seed']:>12.1f}")
-    algos = [r["algo"] for r in results]
-    varied = [len({*zip(algos, column)}) > len({*algos}) for column in zip(*words)]
+    """A table of {run: result}, and the eight best in one line, with the settings that vary."""
+    print(f"\n{'setting':>63}{'final error ± s.e.':>20}{'solved':>8}{'1% at':>7}{'ms/episode':>12}")
+    for run, r in results.items():
+        se, step = r["final_error_se"], r["steps_to_1pct"]
+        error = f"{r['final_error']:.1%}" + ("" if se is None else f" ± {se:.1%}")
+        print(f"{run.algo:13s}{' '.join(run.words):>50}{error:>20}{r['solved']:>8.0%}"
+              f"{'-' if step is None else step:>7}{r['ms_per_episode_seed']:>12.1f}")
     best = []
-    for r, setting in sorted(zip(results, words), key=lambda pair: pair[0]["final_error"])[:8]:
-        name = " ".join([r["algo"], *itertools.compress(setting, varied)])
-        best.append(f"{name} {r['final_error']:.1%}")
-    seeds = max(r["seeds"] for r in results)
-    print(f"final error, {seeds} seed{'s' * (seeds > 1)}: {', '.join(best)}")
+    for run in sorted(results, key=lambda run: results[run]["final_error"])[:8]:
+        others = [other.words for other in results if other.algo == run.algo]
+        varied = [word for word in run.words if any(word not in words for words in others)]
+        best.append(" ".join([run.algo, *varied, f"{results[run]['final_error']:.1%}"]))
+    print(f"final error, {run.seeds} seed{'s' * (run.seeds > 1)}: {', '.join(best)}")
 
-
-# ---- files, flags and errors ---------------------------------------------------------------------
 
 def fail(message):
     print(f"seqtask.py: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def write(path, value):
-    """The lines of a log, or a dict by torch.save. Beside the file, then renamed: path is never
-    half-written."""
-    temporary = Path(f"{path}.part")
+@contextmanager
+def alone(path):
+    """Hold path or stop with the name of the run that does. The system drops a dead run's lock."""
     try:
-        with temporary.open("wb") as f:
-            if isinstance(value, dict):
-                torch.save(value, f)
-            else:
-                f.writelines(json.dumps(line).encode() + b"\n" for line in value)
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")
+        lock = open(f"{path}.lock", "a+", encoding="utf-8")
+    except OSError as error:
+        fail(f"--out {path}: allowed are files in a folder you can write to ({error})")
+    with lock:
+        try:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            fail(f"--out {path}: {lock.read()} is writing it; give another file")
+        except (ImportError, OSError):                  # Windows, or a disk without locks
+            pass
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", end="", file=lock, flush=True)
+        yield
+
+
+def write(data, path, previous=None):
+    """Never half a file: to one that no other process makes, then renamed."""
+    temporary = Path(f"{path}.{os.urandom(8).hex()}.part")
+    try:
+        with temporary.open("xb") as f:
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:            # of torch.save, if the disk is full
-        temporary.unlink(missing_ok=True)
-        why = str(error).splitlines()[0]
-        fail(f"--out: cannot write {path} ({why}); what stood there is intact")
+    except OSError as error:
+        fail(f"--out: cannot write {path} ({error}); what stood there is intact")
+    finally:
+        if temporary.exists():
+            temporary.unlink()
 
 
-def load(checkpoint):
-    """What was written to checkpoint, a path or None; {} without a file."""
-    if not checkpoint or not checkpoint.exists():
-        return {}
-    try:
-        return torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:                          # a damaged file raises one of many types
-        why = type(error).__name__
-        fail(f"--out: {checkpoint} cannot be read ({why}), it is damaged: delete it")
+def save(checkpoints, state):
+    """By torch.save, behind the SHA-256 of its bytes."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    write(sha256(data).digest() + data, *checkpoints)
+
+
+def load(checkpoints):
+    """The state in the first of the files that is there; {} without any."""
+    for path in filter(Path.exists, checkpoints):
+        data = path.read_bytes()
+        if sha256(data[32:]).digest() != data[:32]:
+            fail(f"--out: {path} is damaged (its checksum differs): delete it to go on from "
+                 f"{checkpoints[1]} or, without that, from the start")
+        return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
+    return {}
 
 
 def read(path):
-    """The records of an earlier run of the same command, to go on from."""
+    """The records of an earlier run of the same command, and {run: result} of its results."""
     try:
-        text = Path(path).read_text(encoding="utf-8") if path and Path(path).exists() else ""
-        found = [json.loads(line) for line in text.splitlines()]
-        if any(r["kind"] == "result" and not r.keys() >= set(Run._fields) for r in found):
-            raise ValueError("results of another kind")
-        return found
+        text = path.read_text(encoding="utf-8") if path and path.exists() else ""
+        log = [json.loads(line) for line in text.splitlines()]
+        results = [r for r in log if r["kind"] == "result"]
+        return log, {Run(*(r[name] for name in Run._fields)): r for r in results}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--out {path}: holds something else than a log of seqtask.py ({error}); "
-             "give another file")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
-
-
-def writable(path):
-    try:
-        tempfile.TemporaryFile(dir=Path(path).parent).close()
-        return not Path(path).is_dir()
-    except OSError:
-        return False
-
-
-CHOICES = {"target": ("copy", "flip", "reverse_copy", "reverse_flip"),
-           "reward": ("bag", "sequential", "terminal"),
-           "algo": list(ALGOS),
-           "match": ("prompts", "interactions")}
-LEAST = dict(length=2, vocab=2, candidates=1, batch=1, epochs=1, dg_epochs=1, episodes=1, seeds=1)
+        fail(f"--out {path}: holds no log of seqtask.py ({error}); give another file")
 
 
 def values(cfg, name):
     """The entries of a comma list, or the one value of a number, checked."""
     given = getattr(cfg, name)
-    entries = str(given).split(",")
+    allowed = {"preset": PRESETS, "algo": ALGOS, "match": ("prompts", "interactions"),
+               "target": ("copy", "flip", "reverse_copy", "reverse_flip"),
+               "reward": ("bag", "sequential", "terminal"),
+               "device": ["cpu"] + ["cuda"] * torch.cuda.is_available()}.get(name)
+    kind = str if allowed else float if name in ("eta", "lr") else int
     try:
-        if name in CHOICES:
-            allowed = f"{', '.join(CHOICES[name])}, or a comma list of them"
-            fine = set(entries) <= set(CHOICES[name])
-        elif name in LEAST:
-            allowed = f"whole numbers from {LEAST[name]}"
-            entries = list(map(int, entries))
-            fine = min(entries) >= LEAST[name]
-        else:
-            allowed = "finite numbers above 0"
-            entries = list(map(float, entries))
-            fine = all(0 < x < math.inf for x in entries)
+        entries = [kind(entry) for entry in str(given).split(",")]
+        fine = all(x in allowed if allowed else 0 < x < torch.inf for x in entries)
     except ValueError:                                  # no number
         fine = False
     if not fine:
-        fail(f"{option(name)} {given}: allowed are {allowed}")
+        numbers = f"{'whole' if kind is int else 'finite'} numbers above 0"
+        fail(f"--{name.replace('_', '-')} {given}: allowed are {', '.join(allowed or [numbers])}")
     return entries
-
-
-def option(name):
-    return "--" + name.replace("_", "-")
 
 
 def parse(argv):
     """Config, and the runs of its grid."""
-    parser = Parser(prog="seqtask.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    epilog="* a comma list runs every combination",
-                    argument_default=argparse.SUPPRESS)
-    for f in fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        parser.add_argument(option(f.name), **kind,
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     epilog="* a comma list runs every combination")
+    parser.error = fail
+    flags = {f"--{f.name.replace('_', '-')}": f for f in fields(Config)}
+    for name, f in flags.items():
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        parser.add_argument(name, default=f.default, **kind,
                             help=f"{f.metadata['help']} [{f.default or 'off'}]")
-    given, unknown = parser.parse_known_args(argv)
+    cfg, unknown = parser.parse_known_args(argv)
     if unknown:
-        fail(f"{unknown[0]} is not a flag; the flags are "
-             + " ".join(option(f.name) for f in fields(Config)))
-    given = vars(given)
-    preset = given.get("preset", "")
-    if preset not in ("", *PRESETS):
-        fail(f"--preset {preset}: allowed are {', '.join(PRESETS)}")
-    cfg = Config(**PRESETS.get(preset, {}) | given)
+        fail(f"{unknown[0]} is not a flag; the flags are {' '.join(flags)}")
+    before = PRESETS[values(cfg, "preset")[0]].split() if cfg.preset else []
+    cfg = parser.parse_args(before + argv)              # of two equal flags the last one wins
     if cfg.smoke:
         lengths = dict.fromkeys(str(min(6, H)) for H in values(cfg, "length"))
-        small = dict(length=",".join(lengths), seeds=1, batch=min(50, cfg.batch),
-                     episodes=min(300, cfg.episodes))
-        if preset != "ksweep":
-            small["candidates"] = "8"
-        cfg = replace(cfg, **small | given)
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    if cfg.device not in devices:
-        fail(f"--device {cfg.device}: allowed are {', '.join(devices)}")
-    if cfg.out and not writable(cfg.out):
-        fail(f"--out {cfg.out}: allowed are files in a folder you can write to")
+        before += (f"--length {','.join(lengths)} --batch {min(50, cfg.batch)} --seeds 1 "
+                   f"--episodes {min(300, cfg.episodes)} "
+                   f"--candidates {cfg.candidates if cfg.preset == 'ksweep' else 8}").split()
+    cfg = Config(**vars(parser.parse_args(before + argv)))
+    values(cfg, "device")
     return cfg, grid(cfg)
 
 
 def grid(cfg):
-    """The runs of all combinations, algo changing fastest."""
-    names = [name for name in Run._fields if name != "algo"] + ["dg_epochs", "algo"]
-    runs = {}                                           # each once: only dg has its dg_epochs
-    for cell in itertools.product(*(values(cfg, name) for name in names)):
+    """The runs of all combinations, algo changing faster than all but epochs."""
+    names = [name for name in Run._fields if name not in ("algo", "epochs")] + ["algo"]
+    runs = []
+    for cell in product(*(values(cfg, name) for name in names)):
         setting = dict(zip(names, cell))
-        dg_epochs = setting.pop("dg_epochs")
-        if setting["algo"] == "dg":
-            setting["epochs"] = dg_epochs
-        run = Run(**setting)
-        check(cfg, run)
-        runs[run] = None
-    return list(runs)
+        for epochs in values(cfg, "dg_epochs" if setting["algo"] == "dg" else "epochs"):
+            runs.append(Run(epochs=epochs, **setting))
+            check(cfg, runs[-1])
+    return runs
 
 
 def check(cfg, run):
     """Settings that are fine one by one but not together."""
     algo, reward = f"--algo {run.algo}", f"--reward {run.reward}"
-    if cfg.diagnostics and run.algo not in DIAGNOSED:
-        fail(f"--diagnostics with {algo}: allowed are {', '.join(DIAGNOSED)}")
+    if cfg.diagnostics and run.algo not in GROUPED:
+        fail(f"--diagnostics with {algo}: allowed are {', '.join(GROUPED)}")
     if run.algo in TOKEN and run.reward == "terminal":
         fail(f"{algo} with {reward}: a token has no reward of its own; allowed are bag, sequential")
     if run.algo == "maxrl" and run.reward != "terminal":
         fail(f"{algo} with {reward}: its scores are 0 or 1; allowed is terminal")
     if run.algo not in SINGLE and run.candidates == 1:
-        fail(f"--candidates 1 with {algo}: a group needs at least 2; allowed with 1 are "
-             + ", ".join(SINGLE))
-    if run.vocab**run.length >= 2**62:
-        fail(f"--vocab {run.vocab} with --length {run.length}: allowed are those with "
-             "vocab ** length below 2 ** 62")
+        fail(f"--candidates 1 with {algo}: a group needs 2; allowed are {', '.join(SINGLE)}")
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     cfg, runs = parse(argv)
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")    # else sums in MKL depend on addresses:
-    log = read(cfg.out)                                 # resumes would differ
-    recorded = {run_of(r) for r in log if r["kind"] == "result"}
-    if not log:
-        command = " ".join(sys.argv[1:] if argv is None else argv)
-        log = [{"kind": "config", "command": f"python seqtask.py {command}", **asdict(cfg)}]
-    checkpoint = Path(f"{cfg.out}.checkpoint") if cfg.out else None
-    for i, run in enumerate(runs):
-        setting = " ".join(run.words)
-        print(f"{i + 1}/{len(runs)} {run.algo}: {setting}, seeds {run.seeds}", flush=True)
-        if run in recorded:
-            print(f"  is in {cfg.out} already: not run again")
-            continue
-        if run.scale > 1:
-            print(f"  interaction-matched: {run.batch} * {run.scale} prompts, "
-                  f"learning rate {run.lr:g} * sqrt({run.scale})")
-        try:
-            trained = train(run, cfg.device, cfg.device == "cpu", cfg.diagnostics, checkpoint)
-        except KeyboardInterrupt:
-            again = "; the same command goes on from the last checkpoint" if cfg.out else ""
-            fail(f"interrupted{again}")
-        log += records(run, *trained)
-        if cfg.out:
-            write(cfg.out, log)
-            checkpoint.unlink(missing_ok=True)
-    report([r for r in log if r["kind"] == "result" and run_of(r) in runs])
+    out = Path(cfg.out).resolve() if cfg.out else None  # resumes would differ
+    checkpoints = [Path(f"{out}{end}") for end in (".checkpoint", ".checkpoint.previous") if out]
+    with alone(out) if out else nullcontext():
+        log, results = read(out)
+        log = log or [{"kind": "config", "command": f"python seqtask.py {' '.join(argv)}",
+                       **asdict(cfg)}]
+        for i, run in enumerate(runs, 1):
+            print(f"{i}/{len(runs)} {run.algo}: {' '.join(run.words)}, seeds {run.seeds}")
+            if run in results:
+                print(f"  is in {out} already: not run again")
+                continue
+            trained = train(run, cfg.device, cfg.device == "cpu", cfg.diagnostics, checkpoints)
+            log += records(run, *trained)
+            results[run] = log[-1]
+            if out:
+                write("".join(json.dumps(line) + "\n" for line in log).encode(), out)
+            for path in checkpoints:
+                path.unlink(missing_ok=True)
+    report({run: results[run] for run in runs})
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)   # a locale may have no ±
+    try:
+        main()
+    except BrokenPipeError:                             # what reads the output, | head, has gone
+        os._exit(1)
+    except KeyboardInterrupt:
+        fail("interrupted; with --out the same command goes on from the last checkpoint")
