@@ -1938,6 +1938,130 @@ def test_trl_loss_replaced_by_a_library_is_told(tmp_path):
     assert all(map(torch.equal, before, trainer.model.parameters()))
 
 
+class TinkerEngine:
+    """The Tinker API on a bigram table: adds its losses, or divides them as SkyRL's JAX does."""
+    chat_template, eos_token_id = None, 0                        # it is its own tokenizer, sampler
+    get_tokenizer = save_weights_and_get_sampling_client = lambda self: self
+
+    def __init__(self, divides):
+        self.table, self.divides = torch.randn(6, 6, requires_grad=True), divides
+
+    def __call__(self, text):
+        return SimpleNamespace(input_ids=text)
+
+    def decode(self, tokens, skip_special_tokens):
+        return tokens
+
+    @torch.no_grad()
+    def sample(self, prompt, K, params):
+        rows = []
+        for _ in range(K):
+            ids, logps = prompt[-1:], []
+            while len(logps) < params.max_tokens and ids[1:][-1:] != params.stop:
+                logp = self.table[ids[-1]].log_softmax(-1)
+                ids.append(int(logp.exp().multinomial(1)))
+                logps.append(float(logp[ids[-1]]))
+            rows.append(SimpleNamespace(tokens=ids[1:], logprobs=logps))
+        return done(sequences=rows)
+
+    def logps(self, rows):
+        ids = [(row.model_input, row.loss_fn_inputs["target_tokens"].to_torch()) for row in rows]
+        return [self.table[x].log_softmax(-1).gather(-1, y[:, None])[:, 0] for x, y in ids]
+
+    def forward(self, rows, loss):
+        return done(loss_fn_outputs=[
+            dict(logprobs=tinker_tensor(logp.detach())) for logp in self.logps(rows)])
+
+    def forward_backward(self, rows, loss):
+        for row, logp in zip(rows, self.logps(rows)):
+            x = {name: value.to_torch() for name, value in row.loss_fn_inputs.items()}
+            if loss == "importance_sampling":
+                logp = (logp - x["logprobs"]).exp() * x["advantages"]
+            by = x["weights"].sum().clamp(min=1e-9) * len(rows) if self.divides else 1
+            (-(logp * x["weights"]).sum() / by).backward()
+        return done()
+
+    def forward_backward_custom(self, rows, loss_fn):
+        logps = [logp.detach().requires_grad_() for logp in self.logps(rows)]
+        loss, metrics = loss_fn(rows, logps)
+        loss.backward()
+        self.forward_backward([tinker_datum(row.model_input, row.loss_fn_inputs | dict(
+            weights=-logp.grad)) for row, logp in zip(rows, logps)], "cross_entropy")
+        return done(metrics=metrics)
+
+    def optim_step(self, adam):                                           # Adam's with betas 0
+        g, self.table.grad = self.table.grad, None
+        self.table.data -= adam.learning_rate * g / (g.abs() + adam.eps)
+        return done(metrics={"skyrl.ai/grad_norm": float(g.norm())})
+
+
+def done(**result):
+    return SimpleNamespace(result=lambda: SimpleNamespace(**result))
+
+
+def tinker_tensor(x):
+    return SimpleNamespace(to_torch=lambda: x) if torch.is_tensor(x) else x
+
+
+def tinker_datum(model_input, loss_fn_inputs):
+    inputs = {name: tinker_tensor(x) for name, x in loss_fn_inputs.items()}
+    return SimpleNamespace(model_input=model_input, loss_fn_inputs=inputs)
+
+
+def tinker_recipe(monkeypatch, divides):
+    monkeypatch.setitem(sys.modules, "tinker", SimpleNamespace(
+        AdamParams=lambda **given: SimpleNamespace(**dict(eps=1e-12) | given), Datum=tinker_datum,
+        SamplingParams=SimpleNamespace, ModelInput=SimpleNamespace(from_ints=list)))
+    return recipe("tinker_tpo"), TinkerEngine(divides)
+
+
+@each("divides", [False, True])
+def test_tinker_slopes_are_tpo_loss_s_and_check_finds_the_wrong_ones(divides, monkeypatch):
+    tinker_tpo, engine = tinker_recipe(monkeypatch, divides)
+    prompts = [([1], None), ([2, 3], None)]
+    rows, old, scores = tinker_tpo.rollout(engine, prompts, lambda key, y: len(y) % 5, 4, 8, 0)
+    completion = [slice(0, None)] * 4 + [slice(1, None)] * 4       # after prompts of 1 and 2
+    sums = torch.stack([logp[at].sum() for logp, at in zip(engine.logps(rows), completion)])
+    sums, N = sums.view(2, 4), len(rows)
+    close(old, sums.detach())
+    lengths = [len(row.model_input[at]) for row, at in zip(rows, completion)]
+    close(scores, torch.tensor(lengths).view(2, 4) % 5.0)
+    assert len(set(lengths)) > 2
+    old = old + torch.randn(2, 4)                                  # as on a later epoch
+    for anchor in (0.0, 0.25, 1.0):
+        loss_fn = tinker_tpo.make_loss(old, scores, 0.5, anchor)
+        loss = tpo_loss(sums, old, scores, 0.5, anchor)
+        expected = grad(loss, engine.table)
+        for way in ("importance", "custom"):
+            metrics = tinker_tpo.backward(engine, rows, loss_fn, way)
+            got, engine.table.grad = engine.table.grad * (N if divides else 1), None
+            wrong = way == "custom" and divides
+            assert torch.allclose(got, expected, atol=1e-5) != wrong
+        q = tpo_target(old, scores, 0.5, anchor)
+        close(torch.tensor(metrics["KL"]), loss.detach() + (q * q.log()).sum(-1).mean())
+        way = tinker_tpo.check(TinkerEngine(divides), rows, loss_fn)
+        assert way == ("importance" if divides else "custom")
+
+
+def test_tinker_run_learns_leaves_equal_groups_alone_and_refuses_flags(monkeypatch, capsys):
+    tinker_tpo, engine = tinker_recipe(monkeypatch, True)
+    start = engine.table.detach().clone()
+    monkeypatch.setattr(tinker_tpo, "connect", lambda flags: lambda: engine)
+
+    def run(reward):
+        flags = "--prompts 4 --samples 8 --max-tokens 6 --lr .3 --epochs 2 --updates 15".split()
+        tinker_tpo.main(lambda rng: ([rng.randrange(1, 6)], None), reward, flags)
+        return capsys.readouterr().out.splitlines()
+    assert run(lambda key, y: 1)[-1] == "update 15: reward 1.000, KL(q||p) -, informative 0%"
+    assert torch.equal(engine.table, start)
+    reward = [float(re.search(r"reward (\S+),", line)[1]) for line in run(
+        lambda key, y: y.count(3) / len(y))]
+    assert reward[0] < 0.5 and reward[-1] > 0.9
+    for flags in ("--temperature .7", "--top-p .9", "--anchor 2", "--samples 1", "--epochs 0"):
+        with pytest.raises(SystemExit, match=flags.split()[0]):
+            tinker_tpo.main(None, None, flags.split())
+
+
 # ---- the repository ------------------------------------------------------------------------------
 
 def test_lines_fit_and_imports_go_one_way_without_effects(tmp_path, monkeypatch):
