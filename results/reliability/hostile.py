@@ -26,11 +26,11 @@ DATASETS = ("countdown", "puzzle24", "n_queens", "binary_matrix", "spiral_matrix
 # {} is the right answer
 QUICK = ("exit()", "quit(1)", "1/0", "0**-1", "", "{}{}", "-{}", "[{}]", "'{}'", "{} # {}", "nan",
          "inf", "None", "[]", "[[]]", "()", "{{}}", "\0", "\ud800", "\n" * 999, "9" * 99_999,
-         "(" * 9999, "[" * 999 + "]" * 999, "lambda: 0", "x" * 10**5, "raise", "print({})", "input()",
-         "1e999", "open('/dev/zero').read(1)", "__import__('os').getpid()", "__import__('sys').exit(3)",
-         "globals().clear()", "__import__('os').close(1)", "factorial(99999)", "{}" * 99,
-         "\u0663\u0664", "<answer>", "</answer>", "sin(x)/0", "zoo", "oo - oo", "I**I",
-         "{0:d}", "%s%n")
+         "(" * 9999, "[" * 999 + "]" * 999, "lambda: 0", "x" * 10**5, "raise", "print({})",
+         "input()", "1e999", "open('/dev/zero').read(1)", "__import__('os').getpid()",
+         "__import__('sys').exit(3)", "globals().clear()", "__import__('os').close(1)",
+         "factorial(99999)", "{}" * 99, "\u0663\u0664", "<answer>", "</answer>", "sin(x)/0",
+         "zoo", "oo - oo", "I**I", "{0:d}", "%s%n")
 DEADLY = ("7**8**9", "9**9**9**9", "10**10**9", "factorial(10**9)", "[0]*10**11", "'a'*10**12",
           "list(range(10**12))", "__import__('time').sleep(99)", "__import__('os')._exit(0)",
           "__import__('os').kill(__import__('os').getpid(), 11)", "__import__('os').fork()",
