@@ -225,7 +225,7 @@ class Method(NamedTuple):
                           # tokens; sample: the same, and one completion per prompt suffices
     rests: bool = True    # a group of equal scores has exactly zero gradient on the first epoch,
                           # tpo by tpo_weights; not where A is over the batch or q forgets p_old
-    pulls: bool = False   # ... and on later epochs such a group pulls back to pi_old
+    pulls: bool = False   # on later epochs it pulls back to pi_old: seqtask.py may not skip it
     epochs: int = 4       # gradient steps on each batch of rollouts that it is made for
     takes: tuple = ()     # settings of a script that its loss takes
 

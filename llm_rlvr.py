@@ -1,7 +1,7 @@
 """RL with verifiable rewards on a small GPT by Target Policy Optimization (arXiv 2604.06159).
 
     python llm_rlvr.py --algo tpo                    90 s on two CPU cores
-    python llm_rlvr.py --algo tpo,grpo,ppo,dg        each as it was tuned, then one table
+    python llm_rlvr.py --algo tpo,grpo,ppo,dg        each as it was tuned, then a line of each
     python llm_rlvr.py --task knights_knaves         another task; --help lists every flag
     python llm_rlvr.py --algo tpo --resume           go on after Ctrl-C or a crash
 
@@ -57,11 +57,11 @@ def flag(default, help, low=None, high=math.inf):
 class Config:
     algo: str = flag("tpo", ", ".join(METHODS) + ", or a comma list")
     task: str = flag("graph_color", "graph_color, knights_knaves or addition")
-    steps: int = flag(1000, "updates, each with rollouts of its own", 1)
+    steps: int = flag(1200, "updates, each with rollouts of its own", 1)
     prompts: int = flag(32, "prompts per update, B", 1)
     candidates: int = flag(16, "completions per prompt, K", 1)
     epochs: int = flag(1, "gradient steps on each batch of rollouts", 1)
-    lr: float = flag(1e-2, "of Muon, 5 times AdamW's; up in 30 updates, then down to 0", 1e-12, 1e6)
+    lr: float = flag(2e-2, "of Muon, 5 times AdamW's; up in 30 updates, then down to 0", 1e-12, 1e6)
     eta: float = flag(1.0, "temperature of TPO's target, of dg's gate; rebel's eta", 1e-6, 1e6)
     clip: float = flag(0.2, "of ratios, in ppo, dr_grpo and the forms of grpo", 0, 1)
     beta: float = flag(0.04, "weight of the KL to the sampler in the forms of grpo", 0, 1e6)
@@ -82,7 +82,7 @@ class Config:
     resume: bool = flag(False, "go on from the run's checkpoint, if there is one; else start anew")
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     compile: bool = flag(False, "torch.compile the training pass")
-    plot: bool = flag(False, "draw pass@1 into --out (needs matplotlib)")
+    plot: bool = flag(False, "draw pass@1 into the first run's folder (needs matplotlib)")
 
 
 # What each did best with on graph_color, see results/README.md. These replace the defaults above; a
@@ -106,7 +106,7 @@ class Rollout(NamedTuple):
 
 
 class Trainer:
-    """RL with verifiable rewards on a small GPT, one run. A checkpoint holds what is in `state`."""
+    """RL with verifiable rewards on a small GPT: one run."""
     Config, tuned = Config, TUNED
 
     def __init__(self, c):
@@ -189,7 +189,8 @@ class Trainer:
             0, row[:, None].expand(-1, T), logp, "amax")                               # (N, T)
         rollout = Rollout(prompts, y, logp, prompt_of, row.view(B, K))
         if c.epochs > 1 and self.device.type == "cuda":
-            # in bf16 a later epoch needs log-probs of a forward like its own to compare with
+            # in bf16 a later epoch needs log-probs of a forward like its own to compare with; the
+            # first compares the sampler's with themselves
             rollout = rollout._replace(logp_old=self.policy(rollout, 1))
         return rollout
 
@@ -248,7 +249,7 @@ class Trainer:
             self.log_policy(rollout, rows).backward(slope[rows])
 
     def parts(self, rollout, rows):
-        """Rows, in parts of at most --micro-tokens tokens with a prompt for each row."""
+        """Rows, in parts of at most --micro-tokens tokens, as if each had a prompt of its own."""
         longest = rollout.prompts.shape[1] + rollout.y.shape[1]
         return rows.split(max(1, self.c.micro_tokens // longest))
 
@@ -281,6 +282,8 @@ class Trainer:
     def encode_prompts(self, items):
         """Prompts (B, P), padded with -1 on the left: completions start in one column."""
         rows = [torch.tensor(self.vocabulary.encode(text), dtype=torch.long) for text, _ in items]
+        if not all(map(len, rows)):
+            fail(f"--task {self.c.task}: a prompt is empty")
         return pad_sequence(rows, True, padding_value=-1, padding_side="left").to(self.device)
 
     def evaluate(self):
@@ -355,8 +358,8 @@ class Trainer:
 
     def record_evaluation(self, folder):
         recent = list(takewhile(lambda r: r["kind"] == "update", reversed(self.records)))
-        means = {name: round(mean(r[name] for r in recent), 5) for r in recent[:1]
-                 for name in r.keys() - {"kind", "step"}}      # none before the first update
+        names = [name for name in recent[0] if name not in ("kind", "step")] if recent else []
+        means = {name: round(mean(r[name] for r in recent), 5) for name in names}
         self.log(folder, kind="eval", step=self.step, seconds=round(self.seconds, 2),
                  **self.evaluate(), **means)
         print(progress(self.records[-1], self.c.steps), flush=True)
@@ -372,10 +375,11 @@ class Trainer:
         print(last["example"]["prompt"])
         for text, score in zip(last["example"]["completions"], last["example"]["scores"]):
             print(f"    {score:g}  {text}")
+        name = f"tpo (alpha {c.anchor:g})" if c.algo == "tpo" else c.algo
         self.summary = (
-            f"{label(asdict(c))} took {c.task} from {first['pass1']:.1%} to {last['pass1']:.1%} "
+            f"{name} took {c.task} from {first['pass1']:.1%} to {last['pass1']:.1%} "
             f"pass@1 (greedy {last['greedy']:.1%}) on {len(self.eval_items)} {c.eval_set} "
-              f"puzzles in {c.steps} updates and {seconds:.0f} s, warm start included")
+            f"puzzles in {c.steps} updates and {seconds:.0f} s, warm start included")
         print(self.summary, flush=True)
         return self.records
 
@@ -384,6 +388,7 @@ class Trainer:
         write(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.records))
 
     def state(self):
+        """What a checkpoint holds."""
         return dict(config=asdict(self.c), device=self.device.type, step=self.step,
                     seconds=self.seconds, records=self.records,
                     rng=self.rng.getstate(), generator=self.generator.get_state(),
@@ -452,10 +457,8 @@ class Cache:
         return attention(q, k, v, self.causal)
 
     def append(self, i, q, k, v):
-        """Of one more token in each row, (N, 1, heads, D), in slot `used`.
-
-        Two products: for one query a row, half the time of scaled_dot_product_attention on a CPU.
-        """
+        """Of one more token in each row, (N, 1, heads, D), in slot `used`. Two products: for one
+        query a row faster than scaled_dot_product_attention on a CPU."""
         keys, values = self.layers[i]
         keys[:, :, self.used], values[:, :, self.used] = k[:, 0], v[:, 0]
         keys, values = (x[:, :, :self.used + 1] for x in (keys, values))    # (N, kv_heads, S, D)
@@ -490,8 +493,8 @@ def sample(model, prompts, K, T, ends, generator, greedy=False):
         logp = model.lm_head(h[:, 0]).float().log_softmax(-1)                         # (rows, V)
         if greedy:
             token = logp.argmax(-1, keepdim=True)                                     # (rows, 1)
-        else:           # by the inverse of the cdf, one random number a row: V of them took three
-            cdf = logp.exp().cumsum(-1)                # quarters of a CPU step at V = 49,152
+        else:           # by the inverse of the cdf: one random number a row, not V
+            cdf = logp.exp().cumsum(-1)
             token = torch.searchsorted(cdf, uniform[rows, t, None] * cdf[:, -1:], right=True)
             token = token.clamp(max=cdf.shape[1] - 1)
         y[rows, t], logps[rows, t] = token[:, 0], logp.gather(-1, token)[:, 0]
@@ -506,14 +509,9 @@ def sample(model, prompts, K, T, ends, generator, greedy=False):
                 kv.keep(going)
         h = model(token, pos + 1 + t, kv.append)
         kv.used += 1
-    sampled = up_to_end(y, ends)
+    ended = torch.isin(y, ends).int()
+    sampled = ended.cumsum(-1) == ended         # up to and including the first end token
     return y.where(sampled, -1).view(-1, K, T), logps.where(sampled, 0).view(-1, K, T)
-
-
-def up_to_end(y, ends):
-    """True up to and including the first end token, which is sampled, scored and trained."""
-    ended = torch.isin(y, ends)
-    return ended.cumsum(-1) - ended.int() == 0
 
 
 def token_logp(model, prompts, y, prompt_of):
@@ -884,10 +882,12 @@ def load(c, folder):
         if paths:
             fail(f"--resume: no checkpoint in {folder} can be read; leave it out to start anew")
         return None
+    for damaged in paths[:paths.index(path)]:   # or it would become the one before, when one is due
+        damaged.unlink()
     wanted = asdict(c) | {"device": pick_device(c.device).type}
     free = {"resume", "plot", "out", "compile", "micro_tokens", "recompute", "export"}
-    for name in wanted.keys() - free:
-        if before.get(name) != wanted[name]:
+    for name in wanted:
+        if name not in free and before.get(name) != wanted[name]:
             fail(f"{flag_name(name)} {wanted[name]}: {path} needs {before.get(name)} to go on")
     return saved
 
@@ -924,7 +924,7 @@ def peak_mb(device):
 
 def pick_device(name):
     if name == "auto":
-        name = torch.accelerator.current_accelerator() or "cpu"
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.zeros(1, device=name).item()                      # meta has no items
         return torch.device(name)
@@ -975,18 +975,14 @@ def validate(c):
             fail(f"{flag_name(f.name)} {value}: allowed are {low:g} to {high:g}")
     if c.eval_set not in ("heldout", "test"):
         fail(f"--eval-set {c.eval_set}: allowed are heldout, test")
-    if c.candidates < 2 and METHODS[c.algo].per != "sample":
-        fail(f"--candidates {c.candidates}: {c.algo} compares the candidates of one prompt; "
-             "allowed are 2 or more")
+    compared = c.candidates * (c.prompts if METHODS[c.algo].per == "sample" else 1)
+    if compared < 2:
+        fail(f"--candidates {c.candidates}: {c.algo} compares completions of a prompt or, with one "
+             "each, of several prompts; allowed are 2 or more")
     if c.width % (2 * c.heads) or c.heads % c.kv_heads:
         fail(f"--width {c.width}: allowed are multiples of 2 x --heads {c.heads}, those of "
              f"--kv-heads {c.kv_heads}")
     pick_device(c.device)
-
-
-def label(config):
-    """The run's name, with alpha: curves of different anchors are different methods."""
-    return config["algo"] + (f" (alpha {config['anchor']:g})" if config["algo"] == "tpo" else "")
 
 
 def progress(r, steps):
@@ -1016,18 +1012,20 @@ def main(argv=None, trainer=Trainer):
     claims = [claim(c) for c in configs]
     for signum in signal.SIGINT, signal.SIGTERM:
         signal.signal(signum, ask_to_stop)
-    runs = []
+    logs, summaries = [], []
     try:
         for c, (folder, _) in zip(configs, claims):
-            runs.append(trainer(c))
-            runs[-1].run(folder, stop)
-        if len(runs) > 1:
-            print(*(run.summary for run in runs), sep="\n", flush=True)
+            run = trainer(c)
+            logs += run.run(folder, stop)
+            summaries.append(run.summary)
+            del run                                     # or the next finds less memory
+        if len(configs) > 1:
+            print(*summaries, sep="\n", flush=True)
     except BrokenPipeError:                 # who reads our output has gone, e.g. head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # or Python complains at exit
         raise SystemExit(1) from None
     if configs[0].plot:
-        draw(sum((run.records for run in runs), []), claims[0][0] / "pass1.png")
+        draw(logs, claims[0][0] / "pass1.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Stale data, as asynchronous trainers have it: the sampler is the policy of --lag updates ago.
 
     python results/llm/lag.py run --lag 4 --algo vcpo      then any flag of llm_rlvr.py
-    python results/llm/lag.py record                       63 runs, two at once: writes lag.jsonl
+    python results/llm/lag.py record                       63 runs, one a core: writes lag.jsonl
     python results/llm/lag.py table                        prints the table of ../README.md
 
 logp_old is the sampler's, so nothing is known without a forward and no group is at rest: its
@@ -60,9 +60,9 @@ class Trainer(llm_rlvr.Trainer):
 
     def slope(self, logp, rollout, scores, q, epoch):
         if self.c.algo == "vcpo":
-            w = (logp - rollout.logp_old).sum(-1)[rollout.row].exp()                      # (B, K)
+            w = (logp - rollout.logp_old).sum(-1)[rollout.row].clamp(-20, 20).exp()       # (B, K)
             size = w.sum().square() / w.square().sum()          # effective, of B K sequences
-            for optimizer, _ in self.optimizers:                # update sets lr anew each time
+            for optimizer, _ in self.optimizers:        # update sets lr, epochs multiply it
                 optimizer.param_groups[0]["lr"] *= (size / w.numel()).clamp(max=1).sqrt().item()
         return super().slope(logp, rollout, scores, q, epoch + self.c.lag)
 
@@ -113,7 +113,7 @@ def table():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["run"]:
-        llm_rlvr.main(sys.argv[2:], Trainer)
-    else:
-        {"record": record, "table": table}[sys.argv[1]]()
+    commands = {"run": lambda: llm_rlvr.main(sys.argv[2:], Trainer), "record": record,
+                "table": table}
+    name = "".join(sys.argv[1:2])
+    commands.get(name, lambda: llm_rlvr.fail(f"{name!r}: allowed are {', '.join(commands)}"))()
