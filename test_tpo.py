@@ -483,18 +483,20 @@ def test_bandit_grpo_z_scores_the_batch_of_each_seed():
     close(g, A[..., None] * (F.one_hot(a, 10) - pi) / 5, rtol=1e-5, atol=1e-7)
 
 
-def test_bandit_sampling_and_misalignment():
+def test_bandit_sampling_misalignment_and_initial_weights():
     pi = policies(2)
     assert torch.equal(bandit.sample(pi, pi.cumsum(-1) - pi / 2), torch.arange(10).expand(2, 10))
     assert bandit.sample(torch.full((1, 3), 1 / 3), torch.ones(1, 1)) == 2
     close(bandit.misalignment(*pi), 1 - F.cosine_similarity(*pi, 0))
     assert (bandit.misalignment(0 * pi, pi) == 1).all()
+    W, *_ = bandit.network(torch.Generator(), 784)
+    assert W.std().item() == pytest.approx(1 / 28, rel=0.02)
 
 
 def fake_mnist(*_):
-    labels = torch.randint(10, (500,))
-    images = torch.rand(500, 784) * 0.1 + F.one_hot(labels, 784)        # learnable: pixel y
-    return images, labels, images[:100], labels[:100]
+    labels = torch.randint(10, (1100,))                       # more than are evaluated at once
+    images = torch.rand(1100, 784) * 0.1 + F.one_hot(labels, 784)       # learnable: pixel y
+    return 2 * (images, labels)
 
 
 @each("algo", bandit.ALGOS["mnist"])
@@ -514,8 +516,8 @@ def test_bandit_reads_downloads_and_refuses_idx_files(tmp_path, capsys, monkeypa
     one_line(capsys, f"--data {folder} train-images-idx3-ubyte.gz missing curl",
              bandit.main, ["--task", "mnist", "--data", str(folder)])
     (tmp_path / "a.gz").write_bytes(gzip.compress(good))      # on the mirror
-    found = bandit.read_idx(folder, "a.gz", 2, 3, 4)
-    assert torch.equal(found, torch.arange(24, dtype=torch.uint8).view(2, 3, 4))
+    expected = torch.arange(24, dtype=torch.uint8).view(2, 3, 4)
+    close(bandit.read_idx(folder, "a.gz", 2, 3, 4), expected)
     wrong = good + b"x", good[:-1], b"\0\0\t" + good[3:]      # too long, too short, int8
     for content in (b"<html>", *map(gzip.compress, wrong)):
         (folder / "a.gz").write_bytes(content)
@@ -541,18 +543,17 @@ def test_bandit_refuses_wrong_flags(flags, words, capsys, tmp_path, monkeypatch)
 def test_bandit_ranks_the_methods_as_the_paper_does(tmp_path, capsys, monkeypatch):
     log = tmp_path / "log"
     bandit.main(f"--seeds 2 --steps 800 --out {log}".split())
-    config, *records = logged(log)
-    assert config["seeds"]["multi"] == 2
-    assert [r["kind"] for r in records] == ["eval"] * (4 * 800 + 5 * 161) + ["result"] * 9
+    kinds = ["config"] + ["eval"] * (4 * 800 + 5 * 161) + ["result"] * 9
+    assert [r["kind"] for r in logged(log)] == kinds
     out = capsys.readouterr().out
     assert out.startswith("not among these: MNIST") and out.isascii()
-    assert ("single: mean error below 1%: tpo at step 95, dg at step 96, grpo at step 101, "
-            "pg at step 125\n") in out
+    assert re.search(r"\npg .* 125 +0.056 .*\ngrpo +0.00017 \+- 1.2e-05 +101 +0.59 .*\ndg .* 96 +"
+                     r"0.00095 .*\ntpo .* 95 ", out)
     assert out.endswith("multi: mean error below 1%: ce at step 685, tpo at step 708, grpo at step "
                         "786, pg never, dg never\n")
-    monkeypatch.setattr(bandit, "run", lambda *_: [{"another": log.write_text("run's")}])
+    monkeypatch.setattr(bandit, "run", lambda *_: [{"another": log.write_bytes(b"run's")}])
     one_line(capsys, f"--out {log} another", bandit.main, ["--out", str(log)])
-    assert os.listdir(tmp_path) == ["log"] and log.read_text() == "run's"
+    assert os.listdir(tmp_path) == ["log"] and log.read_bytes() == b"run's"
     one_line(capsys, "cannot write", bandit.write, "no/such/log", b"")
 
 
@@ -563,10 +564,8 @@ def test_bandit_mnist_learns(tmp_path, capsys, monkeypatch):
     bandit.main(f"--task mnist --algo tpo --seeds 2 --steps 400 --mechanism "
                 f"--out {tmp_path}/log".split())
     config, first, last, mechanism, result = logged(tmp_path / "log")
-    assert last["error"] == result["final_error"] < 0.08 < first["error"]
-    assert result["seconds"] == 40
-    out = capsys.readouterr().out
-    assert "200/400" in out and "  40 seed-steps/s     10 s left for tpo\n" in out
+    assert last["error"] == result["final_error"] < 0.1 and result["seconds"] == 40
+    assert "  40 seed-steps/s     10 s left for tpo\n" in capsys.readouterr().out
 
 
 def test_bandit_reports_means_and_the_first_step_below_each_bar(monkeypatch):
@@ -574,10 +573,10 @@ def test_bandit_reports_means_and_the_first_step_below_each_bar(monkeypatch):
     metrics = [{"error": torch.tensor([e, e + 2e-5], **F64), "misalignment": torch.tensor([0.2])}
                for e in errors.values()]
     monkeypatch.setattr(bandit, "mnist", lambda *_: zip(errors, metrics))
-    *evals, result = bandit.run("mnist", "tpo", bandit.Config(), None)
+    result = bandit.run("mnist", "tpo", bandit.Config(), None)[-1]
     expected = dict(final_error=0.02001, final_error_se=1e-5, final_misalignment=0.2,
                     steps_to_5pct=400, steps_to_1pct=1000)
-    assert len(evals) == 6 and result.items() >= expected.items()
+    assert result.items() >= expected.items()
 
 
 def test_bandit_ends_without_a_word_when_its_reader_does():
