@@ -73,7 +73,7 @@ class Config:
     candidates: str = flag("8", "K, candidates in a group *")
     batch: int = flag(100, "B, prompts per episode")
     epochs: str = flag("4", "gradient epochs per batch, dg's aside; pg, rloo, maxrl: made for 1 *")
-    dg_epochs: str = flag("1", "the same for dg *")
+    dg_epochs: str = flag("1", "the same for dg and ddpg *")
     eta: str = flag("1", "temperature of TPO's target and of DG's gate, and REBEL's eta *")
     lr: float = flag(1e-3, "learning rate of Muon and of AdamW")
     episodes: int = flag(300, "batches of rollouts")
@@ -666,7 +666,7 @@ def grid(cfg):
     runs = []
     for cell in product(*(values(cfg, name) for name in names)):
         setting = dict(zip(names, cell))
-        for epochs in values(cfg, "dg_epochs" if setting["algo"] == "dg" else "epochs"):
+        for epochs in values(cfg, "dg_epochs" if setting["algo"] in ("dg", "ddpg") else "epochs"):
             runs.append(Run(epochs=epochs, **setting))
             check(cfg, runs[-1])
     return runs

@@ -22,7 +22,7 @@ def standardize(scores, mask=None):
     """z-scores u (..., K), 0 where all are within 1e-6 max|s| of their mean. 16-bit scores round by
     more (fp16 5e-4 s, bf16 4e-3 s): two that should be equal, a bit apart, count as signal."""
     s, mask = _prepare(scores, mask)
-    count = mask.sum(-1, keepdim=True).clamp(min=1)
+    count = mask.sum(-1, keepdim=True)                    # (..., 1)
     top = s.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
     c = (s - top).masked_fill(~mask, 0)                 # first: 1e5 + {0, 1} has an inexact mean
     c = (c - c.sum(-1, keepdim=True) / count).masked_fill(~mask, 0)
@@ -34,7 +34,7 @@ def standardize(scores, mask=None):
 def tpo_target(logp_old, scores, eta=1.0, anchor=1.0, mask=None):
     """Target q (..., K), Eq. 2: fixed over all gradient epochs on one batch of rollouts."""
     scores, mask, logp_old = _prepare(scores, mask, logp_old.detach())
-    z = anchor * logp_old + standardize(scores, mask) / eta
+    z = logp_old - (1 - anchor) * logp_old + standardize(scores, mask) / eta
     return _log_softmax(z, mask).exp().masked_fill(~mask, 0)
 
 
@@ -42,7 +42,7 @@ def tpo_loss(logp, logp_old, scores, eta=1.0, anchor=1.0, mask=None):
     """Cross-entropy to the target, Eq. 3. Its floor is q's entropy: watch KL(q || p) instead."""
     scores, mask, logp, logp_old = _prepare(scores, mask, logp, logp_old.detach())
     q = tpo_target(logp_old, scores, eta, anchor, mask)
-    z = anchor * logp_old + (logp - logp_old)
+    z = logp - (1 - anchor) * logp_old
     return -(q * _log_softmax(z, mask)).sum() / mask.any(-1).sum().clamp(min=1)
 
 
@@ -51,7 +51,7 @@ def tpo_weights(logp, logp_old, scores, eta=1.0, anchor=1.0, mask=None):
     in micro-batches that split a group. -w is an advantage; rows with w = 0 need no backward."""
     scores, mask, logp, logp_old = _prepare(scores, mask, logp.detach(), logp_old.detach())
     q = tpo_target(logp_old, scores, eta, anchor, mask)
-    p = _log_softmax(anchor * logp_old + (logp - logp_old), mask).exp().masked_fill(~mask, 0)
+    p = _log_softmax(logp - (1 - anchor) * logp_old, mask).exp().masked_fill(~mask, 0)
     return (p - q) / mask.any(-1).sum().clamp(min=1)
 
 
