@@ -72,6 +72,13 @@ def run_script(name, *flags):
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
 
 
+def in_ascii(command):
+    """The finished process of a script in a shell whose locale has nothing but ASCII."""
+    plain = dict(OMP_NUM_THREADS="1", LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+    return subprocess.run(f"{sys.executable} {command}", shell=True, text=True, timeout=120,
+                          capture_output=True, env=os.environ | plain)
+
+
 @each("script", [bandit, seqtask, llm_rlvr])
 def test_script_explains_its_flags_and_refuses_others(script, capsys):
     name, flags = Path(script.__file__).name, [f.name for f in fields(script.Config)]
@@ -84,29 +91,60 @@ def test_script_explains_its_flags_and_refuses_others(script, capsys):
     assert process.stderr.startswith(f"{name}: --banana is not a flag; the flags are --")
 
 
+REFUSED = {bandit: """
+--task double | double single, multi, mnist; --algo tpo,ppo | tpo,ppo group_pg
+--task single --algo ce | --algo ce: pg, grpo, dg, tpo; --tasks single | --task --eta
+--seeds 0 | 0: from 1; --seeds many | many: from 1; --steps -1 | -1: from 1; --mechanism | mnist
+--eta 0.009 | 0.009: from 0.01; --eta nan | nan: from 0.01; --eta inf | inf: finite
+--out no/such/log | no/such/log: folder; --out / | /: folder; --out pipe | pipe: files
+--plot figure.pdf | figure.pdf: .png
+""", seqtask: """
+--algo tpo_token | tpo_token --reward terminal; --reward dense | dense: bag, sequential, terminal
+--algo maxrl --reward bag | maxrl --reward bag: terminal; --candidates 1 --algo dg,grpo | 1 grpo
+--length 0 | 0: whole above; --vocab x | x: whole; --seeds 1.5 | 1.5 int; --eta 0 | 0: finite above
+--lr nan | nan: finite; --preset table9 | table9: table1, table2; --device tpu | tpu: cpu
+--epoch 3 | not a flag --epochs; --diagnostics --algo dg | dg: allowed tpo
+""", llm_rlvr: """
+--steps 0, --prompts 0, --candidates 0, --epochs 0, --eval-every 0, --layers 0, --width 0 | 1 to inf
+--eval-puzzles 0, --max-new-tokens 0, --heads 0, --kv-heads 0, --micro-tokens 0 | 1 to inf
+--warm-steps -1 | 0 to inf; --task chess | graph_color, addition; --algo dpo | tpo, grpo
+--algo tpo,tpo | once; --eval-set train | heldout, test
+--seed -1, --seed 9223372036854775808 | 0 to 9
+--candidates 1, --candidates 1 --algo dapo | 2 or more; --lr 0, --lr nan, --lr inf | 1e-12 to
+--lr fast | invalid float; --eta 9e-7, --eta 1.1e6 | 1e-06 to 1e+06
+--anchor -0.1, --anchor nan, --anchor inf | 0 to 1e+06; --banana, --alg tpo | is not a flag --algo
+--width 36 | multiples --kv-heads; --kv-heads 3 | --width --heads
+--device meta, --device tpu9 | cpu, cuda:N; --out file, --out pipe | written
+"""}
+
+
+@each("script, flags, words", [(script, flags, words) for script, text in REFUSED.items()
+                               for some, words in table(text) for flags in some.split(", ")])
+def test_wrong_flags_are_one_line(script, flags, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    os.mkfifo("pipe")
+    one_line(capsys, f"{flags.split()[0]} {words}", script.main, flags.split())
+
+
 # ---- tpo.py --------------------------------------------------------------------------------------
 
-@each("anchor", [0.0, 0.25, 1.0, 2.0])
-def test_gradient_is_p_minus_q_and_every_anchor_has_the_same_fixed_point(anchor):
+@each("settings", [(), (0.7, 0.0), (0.7, 0.25), (0.7, 2.0)])
+def test_gradient_is_p_minus_q_and_every_anchor_has_the_same_fixed_point(settings):
+    eta, anchor = settings or (1.0, 1.0)                      # the defaults are the paper's
     inputs = logp, logp_old, scores = [x.detach().requires_grad_() for x in group(4, 3, 6)]
-    loss = tpo_loss(*inputs, 0.7, anchor)
+    loss = tpo_loss(*inputs, *settings)
     loss.backward()
     assert logp_old.grad is None and scores.grad is None
-    fixed = logp_old.detach() + standardize(scores) / 0.7
+    fixed = logp_old.detach() + standardize(scores) / eta
     p, q = ((l - (1 - anchor) * logp_old).detach().softmax(-1) for l in (logp, fixed))
-    close(tpo_target(logp_old, scores, 0.7, anchor), q)
+    close(tpo_target(logp_old, scores, *settings), q)
     close(loss.detach(), -(q * p.log()).sum(-1).mean())
     close(logp.grad, (p - q) / 12)
-    weights = tpo_weights(*inputs, 0.7, anchor)
+    weights = tpo_weights(*inputs, *settings)
     close(weights, (p - q) / 12)
     assert not weights.requires_grad
-    assert tpo_weights(fixed - 3, logp_old, scores, 0.7, anchor).abs().max() < 1e-16
-
-
-@each("call", [tpo_target, tpo_loss, tpo_weights])
-def test_defaults_are_the_paper(call):
-    inputs = group(3, 5)[call is tpo_target:]
-    close(call(*inputs), call(*inputs, 1.0, 1.0))
+    assert tpo_weights(fixed - 3, logp_old, scores, *settings).abs().max() < 1e-16
 
 
 @each("scores, expected", table("""
@@ -167,15 +205,6 @@ def test_non_finite_score_is_loud(bad):
     scores, zeros = torch.tensor([[1.0, bad, 0], [1, 0, 0]]), torch.zeros(2, 3)
     assert tpo_target(zeros, scores).isnan().all(-1).tolist() == [True, False]
     assert tpo_loss(zeros, zeros, scores).isnan()
-
-
-def test_weights_give_the_gradient_in_any_micro_batches():
-    theta, features = torch.randn(3, **F64).requires_grad_(), torch.randn(24, 3, **F64)
-    logp = lambda rows: features[rows] @ theta                # candidates share the parameters
-    inputs = logp(slice(None)).view(4, 6), *group(4, 6)[1:], 0.8, 0.5
-    w = tpo_weights(*inputs).flatten()
-    parts = [grad((w[rows] * logp(rows)).sum(), theta) for rows in torch.randperm(24).split(5)]
-    close(sum(parts), grad(tpo_loss(*inputs), theta))
 
 
 def refused(call, shapes):
@@ -340,8 +369,6 @@ def test_methods_are_what_their_table_says(name):
     if method.rests and name not in ("tpo", "lpo"):           # to the last bit, as tpo_weights does
         assert not grad(loss(logp, old, equal), logp).any()
     assert method.epochs == (4 if moves(later - first) or name == "tpo_no_anchor" else 1)
-    one_each = grad(loss(logp[:, :1], old[:, :1], mixed[:, :1]), logp)
-    assert moves(one_each) == (method.per == "sample")
     nothing = loss(logp, other, mixed, mask=torch.zeros_like(logp, dtype=torch.bool))
     assert nothing == 0 and not grad(nothing, logp).any()
     inputs = [x.float() for x in (logp, other, mixed)]
@@ -513,21 +540,6 @@ def test_bandit_reads_downloads_and_refuses_idx_files(tmp_path, capsys, monkeypa
                  bandit.read_idx, folder, "a.gz", 2, 3, 4)
 
 
-@each("flags, words", table("""
---task double | double single, multi, mnist; --algo tpo,ppo | tpo,ppo group_pg
---task single --algo ce | --algo ce: pg, grpo, dg, tpo; --tasks single | --task --eta
---seeds 0 | 0: from 1; --seeds many | many: from 1; --steps -1 | -1: from 1; --mechanism | mnist
---eta 0.009 | 0.009: from 0.01; --eta nan | nan: from 0.01; --eta inf | inf: finite
---out no/such/log | no/such/log: folder; --out / | /: folder; --out pipe | pipe: files
---plot figure.pdf | figure.pdf: .png
-"""))
-def test_bandit_refuses_wrong_flags(flags, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    os.mkfifo("pipe")
-    one_line(capsys, f"bandit.py: {words} {flags.split()[0][:6]}", bandit.main, flags.split())
-    bandit.parse("--seeds 1 --steps 1 --eta 0.01".split())    # the least that goes
-
-
 def test_bandit_ranks_the_methods_as_the_paper_does(tmp_path, capsys, monkeypatch):
     log = tmp_path / "log"
     bandit.main(f"--seeds 2 --steps 800 --out {log}".split())
@@ -564,15 +576,11 @@ def test_bandit_reports_means_and_the_first_step_below_each_bar(monkeypatch):
     metrics = [{"error": torch.tensor([e, e + 2e-5], **F64), "misalignment": torch.tensor([0.2])}
                for e in errors.values()]
     monkeypatch.setattr(bandit, "mnist", lambda *_: zip(errors, metrics))
-    *evals, result = bandit.run("mnist", "tpo", bandit.Config(), None)
+    least, _ = bandit.parse("--seeds 1 --steps 1 --eta 0.01".split())       # that is allowed
+    *evals, result = bandit.run("mnist", "tpo", least, None)
     expected = dict(final_error=0.02001, final_error_se=1e-5, final_misalignment=0.2,
                     steps_to_5pct=400, steps_to_1pct=1000)
     assert len(evals) == 6 and result.items() >= expected.items()
-
-
-def test_bandit_ends_without_a_word_when_its_reader_does():
-    command = f"{sys.executable} {ROOT / 'bandit.py'} --help | true"
-    assert subprocess.run(command, shell=True, capture_output=True).stderr == b""
 
 
 def test_bandit_plot_draws_every_task_of_the_run(tmp_path):
@@ -729,33 +737,6 @@ def test_seqtask_out_is_a_file_of_one_run_that_is_never_half_written(
     assert log.read_text(encoding="utf-8") == text and len(os.listdir(tmp_path)) == 3
 
 
-@each("pipe", ["", "| head -1"])
-def test_seqtask_prints_in_any_locale_and_ends_quietly_with_its_reader(pipe):
-    flags = f"--length 3 --batch 9 --episodes 9 --algo tpo,grpo {pipe}"
-    env = dict(OMP_NUM_THREADS="1", LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
-    process = subprocess.run(f"{sys.executable} {ROOT}/seqtask.py {flags}", shell=True, text=True,
-                             capture_output=True, env=os.environ | env, timeout=120)
-    assert process.stderr == "" and ("final error ? s.e." in process.stdout) == (not pipe)
-
-
-def test_seqtask_muon_is_nesterov_momentum_with_singular_values_moved_near_one():
-    shapes, follow = ((64, 256), (256, 64), (2, 64), (3, 3)), lambda m, g: 0.95 * m + 0.05 * g
-    params = [torch.randn(2, *shape, requires_grad=True) for shape in shapes]
-    expected, momentum = [p.detach().double() for p in params], [0] * 4
-    muon = seqtask.Muon(params, 0.01)
-    for _ in range(3):
-        for i, (p, (n, m)) in enumerate(zip(params, shapes)):
-            p.grad = torch.randn_like(p)
-            momentum[i] = follow(momentum[i], p.grad.double())
-            U, s, V = torch.linalg.svd(follow(momentum[i], p.grad.double()), full_matrices=False)
-            s = s / s.norm(dim=-1, keepdim=True)
-            for _ in range(5):
-                s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
-            expected[i] -= 0.01 * max(1, m / n)**0.5 * U @ (s[..., None] * V)
-        muon.step()
-    close([p.detach().double() for p in params], expected, atol=1e-5, rtol=1e-4)
-
-
 def test_seqtask_what_goes_to_muon_initial_scales_and_interactions(monkeypatch):
     run = RUN._replace(algo="dg", vocab=16, length=10, candidates=9, match="interactions")
     part = seqtask.Seeds(run, [0], "cpu")
@@ -797,7 +778,8 @@ def test_seqtask_result_by_hand():
     errors[200] = 0.012
     errors[390:] = torch.tensor([0.04, 0.06, 0.02, 0.04])
     curve, result = seqtask.records(run, errors, {"note": errors}, 8.0)
-    close((result["final_error"], result["final_error_se"]), (0.04, 0.02 / 6**0.5), rtol=1e-3, atol=0)
+    close(result["final_error"], 0.04)
+    close(result["final_error_se"], 0.02 / 6**0.5, rtol=1e-3, atol=0)
     assert result["solved"] == 0.75 and result["ms_per_episode_seed"] == 5
     assert result["steps_to_1pct"] is None
     assert curve["every"] == 2 and len(curve["error"]) == 200 and curve["error"] == curve["note"]
@@ -806,19 +788,15 @@ def test_seqtask_result_by_hand():
     assert seqtask.records(run, errors, {}, 8.0)[1]["steps_to_1pct"] == 300
 
 
-@each("cells, last", table("""
-tpo,2,1 dg,2,1 | tpo 1.0%, dg 2.0%
-dg,3,1 dg,2,1 tpo,3,1 tpo,2,1 | dg H 3 1.0%, dg H 2 2.0%, tpo H 3 3.0%, tpo H 2 4.0%
-tpo,2,0.5 tpo,2,2 | tpo eta 0.5 1.0%, tpo eta 2 2.0%
-"""))
-def test_seqtask_last_line_names_what_varies(cells, last, capsys):
+def test_seqtask_last_line_names_what_varies(capsys):
     results = {}
-    for i, cell in enumerate(cells.split(), 1):
-        algo, length, eta = cell.split(",")
-        run = RUN._replace(algo=algo, length=length, eta=float(eta), seeds=1)
+    for i, (algo, eta) in enumerate(itertools.product(("dg", "tpo"), (1.0, 0.5)), 1):
+        run = RUN._replace(algo=algo, length=4 - i % 2, eta=eta, seeds=1)
         results[run] = seqtask.records(run, torch.full((10, 1), i / 100), {}, 1.0)[1]
     seqtask.report(dict(reversed(results.items())))
-    assert capsys.readouterr().out.endswith(f"\nfinal error, 1 seed: {last}\n")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == ("final error, 1 seed: dg H 3 eta 1 1.0%, dg H 4 eta 0.5 2.0%, "
+                    "tpo H 3 eta 1 3.0%, tpo H 4 eta 0.5 4.0%")
 
 
 def test_seqtask_diagnostics_by_hand():
@@ -842,17 +820,6 @@ def test_seqtask_presets(preset, count):
     assert all(run.seeds >= 10 and run.episodes >= 1000 for run in runs)
     assert all(run.epochs == 1 for run in runs if run.algo == "dg") or preset == "dg-epochs"
     assert all(run.episodes <= 300 and run.length <= 6 and run.seeds == 1 for run in small)
-
-
-@each("flags, words", table("""
---algo tpo_token | tpo_token --reward terminal; --reward dense | dense: bag, sequential, terminal
---algo maxrl --reward bag | maxrl --reward bag: terminal; --candidates 1 --algo dg,grpo | 1 grpo
---length 0 | 0: whole above; --vocab x | x: whole; --seeds 1.5 | 1.5 int; --eta 0 | 0: finite above
---lr nan | nan: finite; --preset table9 | table9: table1, table2; --device tpu | tpu: cpu
---epoch 3 | not a flag --epochs; --diagnostics --algo dg | dg: allowed tpo
-"""))
-def test_seqtask_refuses_wrong_flags(flags, words, capsys):
-    one_line(capsys, f"seqtask.py: {words} {flags.split()[0]}", seqtask.main, flags.split())
 
 
 def test_seqtask_weights_that_are_not_finite_stop_the_run(monkeypatch, capsys):
@@ -978,21 +945,25 @@ def test_initial_weights_keep_the_size_of_activations():
             assert p.std().item() == pytest.approx(std, rel=0.06)
 
 
-@each("shape", [(6, 3), (3, 6), (4, 4)])
-def test_muon_follows_nesterov_momentum_with_singular_values_near_one(shape):
-    p, before, momentum = torch.nn.Parameter(torch.zeros(shape)), torch.zeros(shape), 0
-    optimizer = llm_rlvr.Muon([p])
-    optimizer.param_groups[0]["lr"] = 0.1
+@each("script, lead", [(seqtask, [2]), (llm_rlvr, [])])
+def test_muon_is_nesterov_momentum_with_singular_values_moved_near_one(script, lead):
+    """Of (in, out) matrices of two seeds in seqtask.py, of (out, in) ones in llm_rlvr.py."""
+    shapes = (64, 256), (256, 64), (2, 64), (3, 3)
+    params = [torch.randn(*lead, *shape, requires_grad=True) for shape in shapes]
+    expected, momentum = [p.detach().double() for p in params], [0] * 4
+    muon = seqtask.Muon(params, 0.01) if lead else llm_rlvr.Muon([{"params": params, "lr": 0.01}])
     for _ in range(3):
-        p.grad = torch.randn(shape)
-        momentum = 0.95 * momentum + p.grad
-        U, _, V = torch.linalg.svd(p.grad + 0.95 * momentum, full_matrices=False)
-        optimizer.step()
-        step = (before - p.detach()) / (0.1 * max(1, shape[0] / shape[1]) ** 0.5)
-        before = p.detach().clone()
-        turned = U.T @ step @ V.T                           # diagonal, its entries near 1
-        assert (turned - torch.diag(turned.diag())).abs().max() < 1e-4
-        assert 0.6 < turned.diag().min() and turned.diag().max() < 1.3
+        for i, p in enumerate(params):
+            p.grad = torch.randn_like(p)
+            momentum[i] = 0.95 * momentum[i] + p.grad.double()
+            U, s, V = torch.linalg.svd(0.95 * momentum[i] + p.grad.double(), full_matrices=False)
+            s = s / s.norm(dim=-1, keepdim=True)
+            for _ in range(5):
+                s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+            n_in, n_out = shapes[i] if lead else shapes[i][::-1]
+            expected[i] -= 0.01 * max(1, n_out / n_in)**0.5 * U @ (s[..., None] * V)
+        muon.step()
+    close([p.detach().double() for p in params], expected, atol=1e-5, rtol=1e-4)
 
 
 @each("flags", ["", "--recompute --micro-tokens 30"])
@@ -1097,9 +1068,6 @@ def test_pass1_is_four_samples_at_temperature_1_and_every_evaluation_draws_the_s
     assert result["example"] == dict(prompt=text, completions=two, scores=pytest.approx(
         [t.task.check(key, answer) for answer in two]))
     assert t.evaluate() == result and torch.equal(t.generator.get_state(), state)
-    rollout = t.rollout(items)          # the warm start taught the form, and nothing of the answer
-    surprisal = -rollout.logp_old[rollout.row].sum(-1).mean().item()
-    assert 3 * math.log(2) - 0.1 < surprisal < 5              # of 20 before it
 
 
 # ---- llm_rlvr.py: tasks, splits, flags -----------------------------------------------------------
@@ -1182,7 +1150,6 @@ def test_puzzles_have_the_solutions_that_they_should():
         assert any(all(w[e[0]] != w[e[2]] for e in edges) for w in colorings)
     assert {len(edges) for _, edges in graphs} == {4, 5, 6, 7, 8}
     assert all(str(eval(text[:-1])) == key for text, key in sums)
-    assert sum(text[1] == "+" for text, _ in sums) == pytest.approx(235, abs=25)
 
 
 def test_settings_are_defaults_then_the_tasks_then_tuned_ones_then_flags():
@@ -1198,45 +1165,20 @@ def test_settings_are_defaults_then_the_tasks_then_tuned_ones_then_flags():
         assert parse(extreme)
 
 
-REFUSED = {
-    "1 to inf": "--steps 0, --prompts 0, --candidates 0, --epochs 0, --eval-every 0, --layers 0, "
-                 "--eval-puzzles 0, --max-new-tokens 0, --width 0, --heads 0, --kv-heads 0, "
-                 "--micro-tokens 0",
-    "0 to inf": "--warm-steps -1", "graph_color, addition": "--task chess",
-    "tpo, grpo, once": "--algo dpo, --algo tpo;tpo", "heldout, test": "--eval-set train",
-    "2 or more": "--candidates 1, --candidates 1 --algo dapo",
-    "0 to 9": f"--seed -1, --seed {2**63}", "1e-12 to": "--lr 0, --lr nan, --lr inf",
-    "1e-06 to 1e+06": "--eta 9e-7, --eta 1.1e6", "invalid float": "--lr fast",
-    "0 to 1e+06": "--anchor -0.1, --anchor nan, --anchor inf",
-    "is not a flag --algo --plot": "--banana, --alg tpo", "multiples --kv-heads": "--width 36",
-    "--width --heads": "--kv-heads 3", "cpu, cuda:N": "--device meta, --device tpu9",
-    "written": "--out /dev/full, --out README.md"}
-
-
-@each("flags, words", [(f, w) for w, some in REFUSED.items() for f in some.split(", ")])
-def test_wrong_flags_are_one_line(flags, words, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    flags = flags.replace(";", ",").split()
-    one_line(capsys, f"{flags[0]} {words}", llm_rlvr.main, [*TINY, *flags])
-
-
 # ---- llm_rlvr.py: runs, files, errors ------------------------------------------------------------
 
 def test_runs_log_and_print(tmp_path, capsys):
     llm_rlvr.main([*TINY, "--algo", "tpo,pg", "--out", str(tmp_path)])
     out, logs = capsys.readouterr().out.splitlines(), []
-    for algo, label in ("tpo", "tpo (alpha 0.25)"), ("pg", "pg"):
+    for algo, label in ("tpo", f"tpo (alpha {parse()[0].anchor:g})"), ("pg", "pg"):
         logs.append(log := logged(tmp_path / f"graph_color-{algo}-0" / "log.jsonl"))
         kinds = " ".join(r["kind"] for r in log)
         assert kinds == "config eval update update eval update update eval update eval result"
         assert [r["step"] for r in log[1:-1]] == [0, 1, 2, 2, 3, 4, 4, 5, 5]
         first, last, result, metrics = log[1], log[-2], log[-1], log[2].keys() - {"kind", "step"}
-        assert metrics == set(
-            "reward kl informative entropy tokens unfinished anchor_max anchor_size anchor_shift "
-            "anchor_dead drift grad_norm sample_tok_s train_tok_s".split())
-        for e, updates in (log[4], log[2:4]), (log[7], log[5:7]), (last, log[8:9]):
-            for name in metrics:
-                assert e[name] == pytest.approx(mean(u[name] for u in updates), abs=1e-5)
+        assert metrics >= {"reward", "kl", "grad_norm", "sample_tok_s", "train_tok_s"}
+        for name in metrics:                                  # a mean since the evaluation before
+            assert log[7][name] == pytest.approx(mean(u[name] for u in log[5:7]), abs=1e-5)
         assert last.keys() - metrics == first.keys()
         assert untimed([result]) == [dict(
             kind="result", task="graph_color", algo=algo, seed=0, steps=5,
@@ -1304,25 +1246,17 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_continued(tmp_path, 
     assert last.read_bytes() == data[:-100]
 
 
-def test_a_second_run_in_a_folder_is_refused_and_a_killed_ones_lock_is_no_hindrance(
-        tmp_path, capsys):
-    program = f"import llm_rlvr; held = llm_rlvr.claim(llm_rlvr.Config(out={str(tmp_path)!r})); "
-    command = [sys.executable, "-c", program + "print(1, flush=True); input()"]
-    first = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    first.stdout.readline()
-    one_line(capsys, f"--out {tmp_path} process {first.pid}", train, tmp_path)
-    first.kill()
-    first.wait()
-    assert train(tmp_path)[-1]["kind"] == "result"
-
-
-def test_slow_run_killed_twice_and_resumed_is_the_same_to_the_bit(tmp_path):
+def test_slow_run_keeps_others_out_and_killed_twice_is_the_same_to_the_bit(tmp_path):
     command = ["llm_rlvr.py", *TINY, "--steps", "60", "--out", tmp_path / "cut"]
     for signum, step, more in (signal.SIGINT, "4/", []), (signal.SIGTERM, "20/", ["--resume"]):
         process = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:], *more],
                                    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while f"{step}60 " not in process.stdout.readline():
             assert process.poll() is None
+        process.send_signal(signal.SIGSTOP)
+        other = run_script(*command, *more)
+        assert other.returncode == 2 and f"process {process.pid} " in other.stderr
+        process.send_signal(signal.SIGCONT)
         process.send_signal(signum)
         out, error = process.communicate(timeout=60)
         assert process.returncode == 130 and "stopping soon" in error
@@ -1340,14 +1274,13 @@ class Code:
 
 
 @each("change, flags, words", [
-    ({"device": "cuda"}, "", "--device cpu cuda"), ({"config": None}, "", "no can be read"),
-    ({"config": Code()}, "", "no can be read"), (None, "", "no can be read"),
-    ({}, "--lr 0.5", "--lr 0.5 0.01")])
+    ({"device": "cuda"}, "", "--device cpu cuda"), ({"config": Code()}, "", "no can be read"),
+    ({}, "--lr 0.5", f"--lr 0.5 {parse()[0].lr}")])
 def test_resume_refuses(change, flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / RUN_0 / "checkpoint.pt"
     path.parent.mkdir()
-    path.write_bytes(b"PK") if change is None else torch.save(tiny().state() | change, path)
+    torch.save(tiny().state() | change, path)
     before = path.read_bytes()
     one_line(capsys, f"{words} {path.parent}", train, tmp_path, "--resume " + flags)
     assert not Path("code-ran").exists() and path.read_bytes() == before
@@ -1384,10 +1317,10 @@ def test_scores_that_are_no_numbers_are_one_line(score, tmp_path, capsys, monkey
 def test_a_gradient_that_is_not_finite_is_one_line(capsys):
     t = tiny()
     t.score, t.slope = lambda *_: torch.eye(6, 4), lambda logp, *_: logp / 0
-    one_line(capsys, "gradient nan update 0 --lr 0.01 --eta 1.0", t.update, status=1)
+    one_line(capsys, f"gradient nan update 0 --lr {t.c.lr} --eta {t.c.eta}", t.update, status=1)
 
 
-def test_output_and_files_do_not_need_utf8_and_a_closed_pipe_is_quiet(tmp_path):
+def test_output_and_files_do_not_need_utf8(tmp_path, monkeypatch):
     program = """if True:
         import llm_rlvr
         class Snow(llm_rlvr.Addition):
@@ -1397,15 +1330,9 @@ def test_output_and_files_do_not_need_utf8_and_a_closed_pipe_is_quiet(tmp_path):
         llm_rlvr.TASKS["snow"] = Snow()
         llm_rlvr.main()"""
     (tmp_path / "snow.py").write_text(program, encoding="utf-8")
-    plain = os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="ascii",
-                              PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    command = [sys.executable, tmp_path / "snow.py", *TINY, "--task", "snow", "--out", tmp_path]
-    run = subprocess.run(command, env=plain, capture_output=True, text=True)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run = in_ascii(f"{tmp_path}/snow.py --task snow {' '.join(TINY)} --out {tmp_path}")
     assert run.returncode == 0 and r"\u2603" in run.stdout and not run.stderr
-    first = subprocess.Popen(command, env=plain, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    first.stdout.readline()
-    first.stdout.close()
-    assert first.stderr.read() == b"" and first.wait() in (0, 1)
 
 
 def test_readmes_task_of_ones_own_runs(tmp_path, monkeypatch):
@@ -1435,6 +1362,18 @@ def test_cuda_in_bf16_is_near_fp32_on_a_cpu():
 
 
 # ---- the repository ------------------------------------------------------------------------------
+
+SHORT = "seqtask.py --length 3 --batch 9 --episodes 9 --algo tpo,grpo"
+
+
+@each("command", [SHORT, SHORT + " | head -1", "bandit.py --help | true",
+                  f"llm_rlvr.py {' '.join(TINY)} | head -1"])
+def test_scripts_print_in_any_locale_and_end_quietly_with_their_reader(
+        command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = in_ascii(f"{ROOT}/{command}")
+    assert run.stderr == "" and ("|" in command or "final error ? s.e." in run.stdout)
+
 
 def test_lines_fit_and_imports_go_one_way_without_effects(tmp_path, monkeypatch):
     for path in (*ROOT.glob("*.py"), *ROOT.glob("recipes/*.py"), *ROOT.glob("results/**/*.py")):
