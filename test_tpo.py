@@ -1,7 +1,5 @@
 """pytest: the mathematics of the losses, then each script's behaviour, run as a user runs it."""
-import copy
 import gzip
-import importlib.util
 import inspect
 import itertools
 import json
@@ -13,13 +11,10 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
-from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,11 +28,6 @@ from baselines import METHODS
 from tpo import standardize, tpo_loss, tpo_target, tpo_weights
 
 ROOT = Path(tpo.__file__).parent
-sys.path.append(str(ROOT / "recipes"))
-import pretrained
-import rg_score
-import text_tasks
-
 F64 = dict(dtype=torch.float64)
 close = torch.testing.assert_close
 each = pytest.mark.parametrize
@@ -82,6 +72,13 @@ def run_script(name, *flags):
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
 
 
+def in_ascii(command):
+    """The finished process of a script in a shell whose locale has nothing but ASCII."""
+    plain = dict(OMP_NUM_THREADS="1", LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+    return subprocess.run(f"{sys.executable} {command}", shell=True, text=True, timeout=120,
+                          capture_output=True, env=os.environ | plain)
+
+
 @each("script", [bandit, seqtask, llm_rlvr])
 def test_script_explains_its_flags_and_refuses_others(script, capsys):
     name, flags = Path(script.__file__).name, [f.name for f in fields(script.Config)]
@@ -94,29 +91,60 @@ def test_script_explains_its_flags_and_refuses_others(script, capsys):
     assert process.stderr.startswith(f"{name}: --banana is not a flag; the flags are --")
 
 
+REFUSED = {bandit: """
+--task double | double single, multi, mnist; --algo tpo,ppo | tpo,ppo group_pg
+--task single --algo ce | --algo ce: pg, grpo, dg, tpo; --tasks single | --task --eta
+--seeds 0 | 0: from 1; --seeds many | many: from 1; --steps -1 | -1: from 1; --mechanism | mnist
+--eta 0.009 | 0.009: from 0.01; --eta nan | nan: from 0.01; --eta inf | inf: finite
+--out no/such/log | no/such/log: folder; --out / | /: folder; --out pipe | pipe: files
+--plot figure.pdf | figure.pdf: .png
+""", seqtask: """
+--algo tpo_token | tpo_token --reward terminal; --reward dense | dense: bag, sequential, terminal
+--algo maxrl --reward bag | maxrl --reward bag: terminal; --candidates 1 --algo dg,grpo | 1 grpo
+--length 0 | 0: whole above; --vocab x | x: whole; --seeds 1.5 | 1.5 int; --eta 0 | 0: finite above
+--lr nan | nan: finite; --preset table9 | table9: table1, table2; --device tpu | tpu: cpu
+--epoch 3 | not a flag --epochs; --diagnostics --algo dg | dg: allowed tpo
+""", llm_rlvr: """
+--steps 0, --prompts 0, --candidates 0, --epochs 0, --eval-every 0, --layers 0, --width 0 | 1 to inf
+--eval-puzzles 0, --max-new-tokens 0, --heads 0, --kv-heads 0, --micro-tokens 0 | 1 to inf
+--warm-steps -1 | 0 to inf; --task chess | graph_color, addition; --algo dpo | tpo, grpo
+--algo tpo,tpo | once; --eval-set train | heldout, test
+--seed -1, --seed 9223372036854775808 | 0 to 9
+--candidates 1, --candidates 1 --algo dapo | 2 or more; --lr 0, --lr nan, --lr inf | 1e-12 to
+--lr fast | invalid float; --eta 9e-7, --eta 1.1e6 | 1e-06 to 1e+06
+--anchor -0.1, --anchor nan, --anchor inf | 0 to 1e+06; --banana, --alg tpo | is not a flag --algo
+--width 36 | multiples --kv-heads; --kv-heads 3 | --width --heads
+--device meta, --device tpu9 | cpu, cuda:N; --out file, --out pipe | written
+"""}
+
+
+@each("script, flags, words", [(script, flags, words) for script, text in REFUSED.items()
+                               for some, words in table(text) for flags in some.split(", ")])
+def test_wrong_flags_are_one_line(script, flags, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    os.mkfifo("pipe")
+    one_line(capsys, f"{flags.split()[0]} {words}", script.main, flags.split())
+
+
 # ---- tpo.py --------------------------------------------------------------------------------------
 
-@each("anchor", [0.0, 0.25, 1.0, 2.0])
-def test_gradient_is_p_minus_q_and_every_anchor_has_the_same_fixed_point(anchor):
+@each("settings", [(), (0.7, 0.0), (0.7, 0.25), (0.7, 2.0)])
+def test_gradient_is_p_minus_q_and_every_anchor_has_the_same_fixed_point(settings):
+    eta, anchor = settings or (1.0, 1.0)                      # the defaults are the paper's
     inputs = logp, logp_old, scores = [x.detach().requires_grad_() for x in group(4, 3, 6)]
-    loss = tpo_loss(*inputs, 0.7, anchor)
+    loss = tpo_loss(*inputs, *settings)
     loss.backward()
     assert logp_old.grad is None and scores.grad is None
-    fixed = logp_old.detach() + standardize(scores) / 0.7
+    fixed = logp_old.detach() + standardize(scores) / eta
     p, q = ((l - (1 - anchor) * logp_old).detach().softmax(-1) for l in (logp, fixed))
-    close(tpo_target(logp_old, scores, 0.7, anchor), q)
+    close(tpo_target(logp_old, scores, *settings), q)
     close(loss.detach(), -(q * p.log()).sum(-1).mean())
     close(logp.grad, (p - q) / 12)
-    weights = tpo_weights(*inputs, 0.7, anchor)
+    weights = tpo_weights(*inputs, *settings)
     close(weights, (p - q) / 12)
     assert not weights.requires_grad
-    assert tpo_weights(fixed - 3, logp_old, scores, 0.7, anchor).abs().max() < 1e-16
-
-
-@each("call", [tpo_target, tpo_loss, tpo_weights])
-def test_defaults_are_the_paper(call):
-    inputs = group(3, 5)[call is tpo_target:]
-    close(call(*inputs), call(*inputs, 1.0, 1.0))
+    assert tpo_weights(fixed - 3, logp_old, scores, *settings).abs().max() < 1e-16
 
 
 @each("scores, expected", table("""
@@ -177,15 +205,6 @@ def test_non_finite_score_is_loud(bad):
     scores, zeros = torch.tensor([[1.0, bad, 0], [1, 0, 0]]), torch.zeros(2, 3)
     assert tpo_target(zeros, scores).isnan().all(-1).tolist() == [True, False]
     assert tpo_loss(zeros, zeros, scores).isnan()
-
-
-def test_weights_give_the_gradient_in_any_micro_batches():
-    theta, features = torch.randn(3, **F64).requires_grad_(), torch.randn(24, 3, **F64)
-    logp = lambda rows: features[rows] @ theta                # candidates share the parameters
-    inputs = logp(slice(None)).view(4, 6), *group(4, 6)[1:], 0.8, 0.5
-    w = tpo_weights(*inputs).flatten()
-    parts = [grad((w[rows] * logp(rows)).sum(), theta) for rows in torch.randperm(24).split(5)]
-    close(sum(parts), grad(tpo_loss(*inputs), theta))
 
 
 def refused(call, shapes):
@@ -350,8 +369,6 @@ def test_methods_are_what_their_table_says(name):
     if method.rests and name not in ("tpo", "lpo"):           # to the last bit, as tpo_weights does
         assert not grad(loss(logp, old, equal), logp).any()
     assert method.epochs == (4 if moves(later - first) or name == "tpo_no_anchor" else 1)
-    one_each = grad(loss(logp[:, :1], old[:, :1], mixed[:, :1]), logp)
-    assert moves(one_each) == (method.per == "sample")
     nothing = loss(logp, other, mixed, mask=torch.zeros_like(logp, dtype=torch.bool))
     assert nothing == 0 and not grad(nothing, logp).any()
     inputs = [x.float() for x in (logp, other, mixed)]
@@ -525,21 +542,6 @@ def test_bandit_reads_downloads_and_refuses_idx_files(tmp_path, capsys, monkeypa
                  bandit.read_idx, folder, "a.gz", 2, 3, 4)
 
 
-@each("flags, words", table("""
---task double | double single, multi, mnist; --algo tpo,ppo | tpo,ppo group_pg
---task single --algo ce | --algo ce: pg, grpo, dg, tpo; --tasks single | --task --eta
---seeds 0 | 0: from 1; --seeds many | many: from 1; --steps -1 | -1: from 1; --mechanism | mnist
---eta 0.009 | 0.009: from 0.01; --eta nan | nan: from 0.01; --eta inf | inf: finite
---out no/such/log | no/such/log: folder; --out / | /: folder; --out pipe | pipe: files
---plot figure.pdf | figure.pdf: .png
-"""))
-def test_bandit_refuses_wrong_flags(flags, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    os.mkfifo("pipe")
-    one_line(capsys, f"bandit.py: {words} {flags.split()[0][:6]}", bandit.main, flags.split())
-    bandit.parse("--seeds 1 --steps 1 --eta 0.01".split())    # the least that goes
-
-
 def test_bandit_ranks_the_methods_as_the_paper_does(tmp_path, capsys, monkeypatch):
     log = tmp_path / "log"
     bandit.main(f"--seeds 2 --steps 800 --out {log}".split())
@@ -573,15 +575,11 @@ def test_bandit_reports_means_and_the_first_step_below_each_bar(monkeypatch):
     metrics = [{"error": torch.tensor([e, e + 2e-5], **F64), "misalignment": torch.tensor([0.2])}
                for e in errors.values()]
     monkeypatch.setattr(bandit, "mnist", lambda *_: zip(errors, metrics))
-    result = bandit.run("mnist", "tpo", bandit.Config(), None)[-1]
+    least, _ = bandit.parse("--seeds 1 --steps 1 --eta 0.01".split())       # that is allowed
+    result = bandit.run("mnist", "tpo", least, None)[-1]
     expected = dict(final_error=0.02001, final_error_se=1e-5, final_misalignment=0.2,
                     steps_to_5pct=400, steps_to_1pct=1000)
     assert result.items() >= expected.items()
-
-
-def test_bandit_ends_without_a_word_when_its_reader_does():
-    command = f"{sys.executable} {ROOT / 'bandit.py'} --help | true"
-    assert subprocess.run(command, shell=True, capture_output=True).stderr == b""
 
 
 def test_bandit_plot_draws_every_task_of_the_run(tmp_path):
@@ -738,33 +736,6 @@ def test_seqtask_out_is_a_file_of_one_run_that_is_never_half_written(
     assert log.read_text(encoding="utf-8") == text and len(os.listdir(tmp_path)) == 3
 
 
-@each("pipe", ["", "| head -1"])
-def test_seqtask_prints_in_any_locale_and_ends_quietly_with_its_reader(pipe):
-    flags = f"--length 3 --batch 9 --episodes 9 --algo tpo,grpo {pipe}"
-    env = dict(OMP_NUM_THREADS="1", LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
-    process = subprocess.run(f"{sys.executable} {ROOT}/seqtask.py {flags}", shell=True, text=True,
-                             capture_output=True, env=os.environ | env, timeout=120)
-    assert process.stderr == "" and ("final error ? s.e." in process.stdout) == (not pipe)
-
-
-def test_seqtask_muon_is_nesterov_momentum_with_singular_values_moved_near_one():
-    shapes, follow = ((64, 256), (256, 64), (2, 64), (3, 3)), lambda m, g: 0.95 * m + 0.05 * g
-    params = [torch.randn(2, *shape, requires_grad=True) for shape in shapes]
-    expected, momentum = [p.detach().double() for p in params], [0] * 4
-    muon = seqtask.Muon(params, 0.01)
-    for _ in range(3):
-        for i, (p, (n, m)) in enumerate(zip(params, shapes)):
-            p.grad = torch.randn_like(p)
-            momentum[i] = follow(momentum[i], p.grad.double())
-            U, s, V = torch.linalg.svd(follow(momentum[i], p.grad.double()), full_matrices=False)
-            s = s / s.norm(dim=-1, keepdim=True)
-            for _ in range(5):
-                s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
-            expected[i] -= 0.01 * max(1, m / n)**0.5 * U @ (s[..., None] * V)
-        muon.step()
-    close([p.detach().double() for p in params], expected, atol=1e-5, rtol=1e-4)
-
-
 def test_seqtask_what_goes_to_muon_initial_scales_and_interactions(monkeypatch):
     run = RUN._replace(algo="dg", vocab=16, length=10, candidates=9, match="interactions")
     part = seqtask.Seeds(run, [0], "cpu")
@@ -806,7 +777,8 @@ def test_seqtask_result_by_hand():
     errors[200] = 0.012
     errors[390:] = torch.tensor([0.04, 0.06, 0.02, 0.04])
     curve, result = seqtask.records(run, errors, {"note": errors}, 8.0)
-    close((result["final_error"], result["final_error_se"]), (0.04, 0.02 / 6**0.5), rtol=1e-3, atol=0)
+    close(result["final_error"], 0.04)
+    close(result["final_error_se"], 0.02 / 6**0.5, rtol=1e-3, atol=0)
     assert result["solved"] == 0.75 and result["ms_per_episode_seed"] == 5
     assert result["steps_to_1pct"] is None
     assert curve["every"] == 2 and len(curve["error"]) == 200 and curve["error"] == curve["note"]
@@ -815,19 +787,15 @@ def test_seqtask_result_by_hand():
     assert seqtask.records(run, errors, {}, 8.0)[1]["steps_to_1pct"] == 300
 
 
-@each("cells, last", table("""
-tpo,2,1 dg,2,1 | tpo 1.0%, dg 2.0%
-dg,3,1 dg,2,1 tpo,3,1 tpo,2,1 | dg H 3 1.0%, dg H 2 2.0%, tpo H 3 3.0%, tpo H 2 4.0%
-tpo,2,0.5 tpo,2,2 | tpo eta 0.5 1.0%, tpo eta 2 2.0%
-"""))
-def test_seqtask_last_line_names_what_varies(cells, last, capsys):
+def test_seqtask_last_line_names_what_varies(capsys):
     results = {}
-    for i, cell in enumerate(cells.split(), 1):
-        algo, length, eta = cell.split(",")
-        run = RUN._replace(algo=algo, length=length, eta=float(eta), seeds=1)
+    for i, (algo, eta) in enumerate(itertools.product(("dg", "tpo"), (1.0, 0.5)), 1):
+        run = RUN._replace(algo=algo, length=4 - i % 2, eta=eta, seeds=1)
         results[run] = seqtask.records(run, torch.full((10, 1), i / 100), {}, 1.0)[1]
     seqtask.report(dict(reversed(results.items())))
-    assert capsys.readouterr().out.endswith(f"\nfinal error, 1 seed: {last}\n")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == ("final error, 1 seed: dg H 3 eta 1 1.0%, dg H 4 eta 0.5 2.0%, "
+                    "tpo H 3 eta 1 3.0%, tpo H 4 eta 0.5 4.0%")
 
 
 def test_seqtask_diagnostics_by_hand():
@@ -851,17 +819,6 @@ def test_seqtask_presets(preset, count):
     assert all(run.seeds >= 10 and run.episodes >= 1000 for run in runs)
     assert all(run.epochs == 1 for run in runs if run.algo == "dg") or preset == "dg-epochs"
     assert all(run.episodes <= 300 and run.length <= 6 and run.seeds == 1 for run in small)
-
-
-@each("flags, words", table("""
---algo tpo_token | tpo_token --reward terminal; --reward dense | dense: bag, sequential, terminal
---algo maxrl --reward bag | maxrl --reward bag: terminal; --candidates 1 --algo dg,grpo | 1 grpo
---length 0 | 0: whole above; --vocab x | x: whole; --seeds 1.5 | 1.5 int; --eta 0 | 0: finite above
---lr nan | nan: finite; --preset table9 | table9: table1, table2; --device tpu | tpu: cpu
---epoch 3 | not a flag --epochs; --diagnostics --algo dg | dg: allowed tpo
-"""))
-def test_seqtask_refuses_wrong_flags(flags, words, capsys):
-    one_line(capsys, f"seqtask.py: {words} {flags.split()[0]}", seqtask.main, flags.split())
 
 
 def test_seqtask_weights_that_are_not_finite_stop_the_run(monkeypatch, capsys):
@@ -987,21 +944,25 @@ def test_initial_weights_keep_the_size_of_activations():
             assert p.std().item() == pytest.approx(std, rel=0.06)
 
 
-@each("shape", [(6, 3), (3, 6), (4, 4)])
-def test_muon_follows_nesterov_momentum_with_singular_values_near_one(shape):
-    p, before, momentum = torch.nn.Parameter(torch.zeros(shape)), torch.zeros(shape), 0
-    optimizer = llm_rlvr.Muon([p])
-    optimizer.param_groups[0]["lr"] = 0.1
+@each("script, lead", [(seqtask, [2]), (llm_rlvr, [])])
+def test_muon_is_nesterov_momentum_with_singular_values_moved_near_one(script, lead):
+    """Of (in, out) matrices of two seeds in seqtask.py, of (out, in) ones in llm_rlvr.py."""
+    shapes = (64, 256), (256, 64), (2, 64), (3, 3)
+    params = [torch.randn(*lead, *shape, requires_grad=True) for shape in shapes]
+    expected, momentum = [p.detach().double() for p in params], [0] * 4
+    muon = seqtask.Muon(params, 0.01) if lead else llm_rlvr.Muon([{"params": params, "lr": 0.01}])
     for _ in range(3):
-        p.grad = torch.randn(shape)
-        momentum = 0.95 * momentum + p.grad
-        U, _, V = torch.linalg.svd(p.grad + 0.95 * momentum, full_matrices=False)
-        optimizer.step()
-        step = (before - p.detach()) / (0.1 * max(1, shape[0] / shape[1]) ** 0.5)
-        before = p.detach().clone()
-        turned = U.T @ step @ V.T                           # diagonal, its entries near 1
-        assert (turned - torch.diag(turned.diag())).abs().max() < 1e-4
-        assert 0.6 < turned.diag().min() and turned.diag().max() < 1.3
+        for i, p in enumerate(params):
+            p.grad = torch.randn_like(p)
+            momentum[i] = 0.95 * momentum[i] + p.grad.double()
+            U, s, V = torch.linalg.svd(0.95 * momentum[i] + p.grad.double(), full_matrices=False)
+            s = s / s.norm(dim=-1, keepdim=True)
+            for _ in range(5):
+                s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+            n_in, n_out = shapes[i] if lead else shapes[i][::-1]
+            expected[i] -= 0.01 * max(1, n_out / n_in)**0.5 * U @ (s[..., None] * V)
+        muon.step()
+    close([p.detach().double() for p in params], expected, atol=1e-5, rtol=1e-4)
 
 
 @each("flags", ["", "--recompute --micro-tokens 30"])
@@ -1106,9 +1067,6 @@ def test_pass1_is_four_samples_at_temperature_1_and_every_evaluation_draws_the_s
     assert result["example"] == dict(prompt=text, completions=two, scores=pytest.approx(
         [t.task.check(key, answer) for answer in two]))
     assert t.evaluate() == result and torch.equal(t.generator.get_state(), state)
-    rollout = t.rollout(items)          # the warm start taught the form, and nothing of the answer
-    surprisal = -rollout.logp_old[rollout.row].sum(-1).mean().item()
-    assert 3 * math.log(2) - 0.1 < surprisal < 5              # of 20 before it
 
 
 # ---- llm_rlvr.py: tasks, splits, flags -----------------------------------------------------------
@@ -1191,7 +1149,6 @@ def test_puzzles_have_the_solutions_that_they_should():
         assert any(all(w[e[0]] != w[e[2]] for e in edges) for w in colorings)
     assert {len(edges) for _, edges in graphs} == {4, 5, 6, 7, 8}
     assert all(str(eval(text[:-1])) == key for text, key in sums)
-    assert sum(text[1] == "+" for text, _ in sums) == pytest.approx(235, abs=25)
 
 
 def test_settings_are_defaults_then_the_tasks_then_tuned_ones_then_flags():
@@ -1207,45 +1164,20 @@ def test_settings_are_defaults_then_the_tasks_then_tuned_ones_then_flags():
         assert parse(extreme)
 
 
-REFUSED = {
-    "1 to inf": "--steps 0, --prompts 0, --candidates 0, --epochs 0, --eval-every 0, --layers 0, "
-                 "--eval-puzzles 0, --max-new-tokens 0, --width 0, --heads 0, --kv-heads 0, "
-                 "--micro-tokens 0",
-    "0 to inf": "--warm-steps -1", "graph_color, addition": "--task chess",
-    "tpo, grpo, once": "--algo dpo, --algo tpo;tpo", "heldout, test": "--eval-set train",
-    "2 or more": "--candidates 1, --candidates 1 --algo dapo",
-    "0 to 9": f"--seed -1, --seed {2**63}", "1e-12 to": "--lr 0, --lr nan, --lr inf",
-    "1e-06 to 1e+06": "--eta 9e-7, --eta 1.1e6", "invalid float": "--lr fast",
-    "0 to 1e+06": "--anchor -0.1, --anchor nan, --anchor inf",
-    "is not a flag --algo --plot": "--banana, --alg tpo", "multiples --kv-heads": "--width 36",
-    "--width --heads": "--kv-heads 3", "cpu, cuda:N": "--device meta, --device tpu9",
-    "written": "--out /dev/full, --out README.md"}
-
-
-@each("flags, words", [(f, w) for w, some in REFUSED.items() for f in some.split(", ")])
-def test_wrong_flags_are_one_line(flags, words, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    flags = flags.replace(";", ",").split()
-    one_line(capsys, f"{flags[0]} {words}", llm_rlvr.main, [*TINY, *flags])
-
-
 # ---- llm_rlvr.py: runs, files, errors ------------------------------------------------------------
 
 def test_runs_log_and_print(tmp_path, capsys):
     llm_rlvr.main([*TINY, "--algo", "tpo,pg", "--out", str(tmp_path)])
     out, logs = capsys.readouterr().out.splitlines(), []
-    for algo, label in ("tpo", "tpo (alpha 0.25)"), ("pg", "pg"):
+    for algo, label in ("tpo", f"tpo (alpha {parse()[0].anchor:g})"), ("pg", "pg"):
         logs.append(log := logged(tmp_path / f"graph_color-{algo}-0" / "log.jsonl"))
         kinds = " ".join(r["kind"] for r in log)
         assert kinds == "config eval update update eval update update eval update eval result"
         assert [r["step"] for r in log[1:-1]] == [0, 1, 2, 2, 3, 4, 4, 5, 5]
         first, last, result, metrics = log[1], log[-2], log[-1], log[2].keys() - {"kind", "step"}
-        assert metrics == set(
-            "reward kl informative entropy tokens unfinished anchor_max anchor_size anchor_shift "
-            "anchor_dead drift grad_norm sample_tok_s train_tok_s".split())
-        for e, updates in (log[4], log[2:4]), (log[7], log[5:7]), (last, log[8:9]):
-            for name in metrics:
-                assert e[name] == pytest.approx(mean(u[name] for u in updates), abs=1e-5)
+        assert metrics >= {"reward", "kl", "grad_norm", "sample_tok_s", "train_tok_s"}
+        for name in metrics:                                  # a mean since the evaluation before
+            assert log[7][name] == pytest.approx(mean(u[name] for u in log[5:7]), abs=1e-5)
         assert last.keys() - metrics == first.keys()
         assert untimed([result]) == [dict(
             kind="result", task="graph_color", algo=algo, seed=0, steps=5,
@@ -1313,25 +1245,17 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_continued(tmp_path, 
     assert last.read_bytes() == data[:-100]
 
 
-def test_a_second_run_in_a_folder_is_refused_and_a_killed_ones_lock_is_no_hindrance(
-        tmp_path, capsys):
-    program = f"import llm_rlvr; held = llm_rlvr.claim(llm_rlvr.Config(out={str(tmp_path)!r})); "
-    command = [sys.executable, "-c", program + "print(1, flush=True); input()"]
-    first = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    first.stdout.readline()
-    one_line(capsys, f"--out {tmp_path} process {first.pid}", train, tmp_path)
-    first.kill()
-    first.wait()
-    assert train(tmp_path)[-1]["kind"] == "result"
-
-
-def test_slow_run_killed_twice_and_resumed_is_the_same_to_the_bit(tmp_path):
+def test_slow_run_keeps_others_out_and_killed_twice_is_the_same_to_the_bit(tmp_path):
     command = ["llm_rlvr.py", *TINY, "--steps", "60", "--out", tmp_path / "cut"]
     for signum, step, more in (signal.SIGINT, "4/", []), (signal.SIGTERM, "20/", ["--resume"]):
         process = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:], *more],
                                    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while f"{step}60 " not in process.stdout.readline():
             assert process.poll() is None
+        process.send_signal(signal.SIGSTOP)
+        other = run_script(*command, *more)
+        assert other.returncode == 2 and f"process {process.pid} " in other.stderr
+        process.send_signal(signal.SIGCONT)
         process.send_signal(signum)
         out, error = process.communicate(timeout=60)
         assert process.returncode == 130 and "stopping soon" in error
@@ -1349,14 +1273,13 @@ class Code:
 
 
 @each("change, flags, words", [
-    ({"device": "cuda"}, "", "--device cpu cuda"), ({"config": None}, "", "no can be read"),
-    ({"config": Code()}, "", "no can be read"), (None, "", "no can be read"),
-    ({}, "--lr 0.5", "--lr 0.5 0.01")])
+    ({"device": "cuda"}, "", "--device cpu cuda"), ({"config": Code()}, "", "no can be read"),
+    ({}, "--lr 0.5", f"--lr 0.5 {parse()[0].lr}")])
 def test_resume_refuses(change, flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / RUN_0 / "checkpoint.pt"
     path.parent.mkdir()
-    path.write_bytes(b"PK") if change is None else torch.save(tiny().state() | change, path)
+    torch.save(tiny().state() | change, path)
     before = path.read_bytes()
     one_line(capsys, f"{words} {path.parent}", train, tmp_path, "--resume " + flags)
     assert not Path("code-ran").exists() and path.read_bytes() == before
@@ -1393,10 +1316,10 @@ def test_scores_that_are_no_numbers_are_one_line(score, tmp_path, capsys, monkey
 def test_a_gradient_that_is_not_finite_is_one_line(capsys):
     t = tiny()
     t.score, t.slope = lambda *_: torch.eye(6, 4), lambda logp, *_: logp / 0
-    one_line(capsys, "gradient nan update 0 --lr 0.01 --eta 1.0", t.update, status=1)
+    one_line(capsys, f"gradient nan update 0 --lr {t.c.lr} --eta {t.c.eta}", t.update, status=1)
 
 
-def test_output_and_files_do_not_need_utf8_and_a_closed_pipe_is_quiet(tmp_path):
+def test_output_and_files_do_not_need_utf8(tmp_path, monkeypatch):
     program = """if True:
         import llm_rlvr
         class Snow(llm_rlvr.Addition):
@@ -1406,15 +1329,9 @@ def test_output_and_files_do_not_need_utf8_and_a_closed_pipe_is_quiet(tmp_path):
         llm_rlvr.TASKS["snow"] = Snow()
         llm_rlvr.main()"""
     (tmp_path / "snow.py").write_text(program, encoding="utf-8")
-    plain = os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="ascii",
-                              PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    command = [sys.executable, tmp_path / "snow.py", *TINY, "--task", "snow", "--out", tmp_path]
-    run = subprocess.run(command, env=plain, capture_output=True, text=True)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run = in_ascii(f"{tmp_path}/snow.py --task snow {' '.join(TINY)} --out {tmp_path}")
     assert run.returncode == 0 and r"\u2603" in run.stdout and not run.stderr
-    first = subprocess.Popen(command, env=plain, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    first.stdout.readline()
-    first.stdout.close()
-    assert first.stderr.read() == b"" and first.wait() in (0, 1)
 
 
 def test_readmes_task_of_ones_own_runs(tmp_path, monkeypatch):
@@ -1443,592 +1360,19 @@ def test_cuda_in_bf16_is_near_fp32_on_a_cpu():
     assert gpu.update()["grad_norm"] > 0
 
 
-# ---- recipes/pretrained.py, recipes/text_tasks.py ------------------------------------------------
-
-WORDS = ["<end>", "<stop>", "<bos>", "<user>", "<think>", *"abcdefghijklmnopqrstuvwxyz",
-         *"0123456789.<>"]
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}<user>{{ m.content }}{% endfor %}"
-            "{% if not enable_thinking %}<think>{% endif %}")
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e4, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-
-
-def hub_folder(folder, family="Qwen3", ends=0, template=TEMPLATE, **settings):
-    """A tiny random transformers model with a tokenizer of single characters, saved."""
-    transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=48, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, bos_token_id=2, eos_token_id=ends, **settings)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)               # biases and norms must count as well
-    model.save_pretrained(folder, max_shard_size="20KB")
-    t = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<end>"))
-    t.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    t.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
-    t.add_special_tokens(WORDS[:4])
-    t.add_tokens(WORDS[4:5])                            # not special, but the template's
-    names = dict(bos_token="<bos>", eos_token="<stop>", chat_template=template)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=t, **names).save_pretrained(folder)
-    return str(folder), model
-
-
-def logits(model, ids):
-    """(B, S, V) by one ordinary causal forward."""
-    mask, pos = llm_rlvr.causal(ids)
-    return model.lm_head(model(ids, pos, lambda _, q, k, v: llm_rlvr.attention(q, k, v, mask)))
-
-
-def jsonl(folder):
-    """Flags of a task of 90 lines."""
-    lines = [json.dumps({"prompt": f"{i}+1", "answer": i % 10}) for i in range(90)]
-    (folder / "lines.jsonl").write_text("\n".join(lines))
-    return ["--task", "jsonl", "--data", str(folder / "lines.jsonl")]
-
-
-def trainer(folder, *flags):
-    flags = ["--init-from", folder, *flags, "--eval-puzzles", "2", "--device", "cpu"]
-    return pretrained.Pretrained(llm_rlvr.parse(flags, pretrained.Pretrained)[0])
-
-
-@each("family, settings", [
-    ("Llama", dict(rope_scaling=LLAMA3, tie_word_embeddings=False)),
-    ("Qwen2", dict(tie_word_embeddings=True)), ("Qwen3", dict(head_dim=12))])
-def test_weights_are_bit_equal_and_logits_are_the_librarys(family, settings, tmp_path):
-    folder, peer = hub_folder(tmp_path, family, **settings)
-    model, weights = pretrained.as_gpt(pretrained.read_folder(folder)[0]), peer.state_dict()
-    assert weights.keys() == model.state_dict().keys()
-    assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
-    tied = model.lm_head.weight is model.model["embed_tokens"].weight
-    assert tied == (family == "Qwen2") and all(p.requires_grad for p in model.parameters())
-    for S in (3, 200):                  # on both sides of original_max_position_embeddings
-        ids = torch.randint(0, 48, (2, S))
-        close(logits(model, ids), peer(ids).logits, atol=5e-5, rtol=1e-4)
-    if family == "Llama":               # and the scaling counts
-        model.inv_freq = 5e4 ** -(torch.arange(0, 8, 2) / 8)
-        assert (logits(model, ids) - peer(ids).logits).abs().max() > 0.01
-
-
-@each("template, ends, prompt, expected", [
-    (TEMPLATE, 3, "<bos><user>a4<think>", [3]), (None, [4, 0], "<bos>a4", [4, 0]),
-    (TEMPLATE, None, "<bos><user>a4<think>", [1])])
-def test_prompt_is_the_chat_template_or_bare_text_and_every_end_ends(
-        template, ends, prompt, expected, tmp_path):
-    folder, _ = hub_folder(tmp_path, ends=ends, template=template)
-    vocabulary = pretrained.Vocabulary(*pretrained.read_folder(folder))
-    assert vocabulary.decode(vocabulary.encode("a4")).replace(" ", "") == prompt
-    assert vocabulary.decode([7, 41, 47]) == "c ." and vocabulary.size == 48    # 47 has no text
-    assert vocabulary.decode([7, 3, 8]) == "c <user> d"         # sampled in the midst: not hidden
-    data = "a<stop><<end>4<bos>" + "<think>" * bool(template)   # what spells one in data is text
-    ids = vocabulary.encode(data)
-    assert vocabulary.decode(ids).replace(" ", "") == prompt.replace("a4", data)
-    assert [i for i in ids if i < 5] == [i for i in vocabulary.encode("a4") if i < 5]
-    assert vocabulary.ends == trainer(folder, *jsonl(tmp_path)).ends.tolist() == expected
-
-
-@each("changes, words", [
-    (dict(architectures=["GPT2LMHeadModel"]), "architectures GPT2LMHeadModel LlamaForCausalLM"),
-    (dict(attention_bias=True), "attention_bias True allowed: False"),
-    (dict(mlp_bias=True), "mlp_bias True"), (dict(use_sliding_window=True), "use_sliding_window"),
-    (dict(hidden_act="gelu"), "hidden_act 'gelu' 'silu'"),
-    (dict(quantization_config=dict(quant_method="gptq", bits=4)), "quantization_config gptq"),
-    (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type 'yarn' 'llama3'"),
-    (dict(num_hidden_layers=3), "missing_keys model.layers.2."),
-    (dict(num_hidden_layers=1), "unexpected_keys model.layers.1."),
-    (dict(hidden_size=36), "cannot be read")])
-def test_a_model_that_does_not_fit_is_refused_by_name(changes, words, tmp_path, capsys):
-    folder, _ = hub_folder(tmp_path, "Llama")
-    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    (tmp_path / "config.json").write_text(json.dumps(config | changes))
-    capsys.readouterr()                                                     # a progress bar
-    one_line(capsys, f"{folder} {words}", lambda: pretrained.read_folder(folder))
-
-
-def test_lora_starts_at_the_model_trains_its_branches_and_merges_in_fp32():
-    torch.manual_seed(1)
-    model = llm_rlvr.GPT(llm_rlvr.ModelConfig(20, 32, 2, 4, 2, 8, 48, qkv_bias=True))
-    for p in model.parameters():
-        p.data = p.data.bfloat16().float()                                  # stored in bf16
-    names, ids = list(model.state_dict()), torch.randint(0, 20, (2, 9))
-    with torch.autocast("cpu", torch.bfloat16):
-        before = logits(model, ids)
-        pretrained.add_lora(model, 4, torch.bfloat16)
-        assert torch.equal(logits(model, ids), before)
-        logits(model, ids).sum().backward()
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * 2 * 7 and all(name[-7:-1] == "_proj." for name in trained)
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
-    up = model.model["layers"][0].mlp.up_proj
-    assert 0.7 < up.A.std() * 32 ** 0.5 < 1.3
-    torch.nn.init.normal_(up.B, std=1e-4)                       # too small for bf16's 8 bits
-    weights = pretrained.merged(model)
-    assert list(weights) == names and not weights["lm_head.weight"].requires_grad
-    merged = weights["model.layers.0.mlp.up_proj.weight"]
-    assert up.weight.dtype == torch.bfloat16 and not torch.equal(merged, up.weight.float())
-    assert torch.equal(merged, up.weight.float() + 2 * up.B @ up.A)
-
-
-@each("extra", [[], ["--lora-rank", "2"]], ids=["full", "lora"])
-def test_run_resume_and_export_to_transformers(extra, tmp_path, capsys):
-    folder, peer = hub_folder(tmp_path / "model", ends=[0, 1, 3], tie_word_embeddings=True)
-    flags = [*jsonl(tmp_path), *extra, "--lr", "1e-2", "--prompts", "2", "--candidates", "4",
-             "--max-new-tokens", "12", "--algo", "tpo_no_anchor", "--steps", "2",
-             "--eval-every", "1"]
-    run = [folder, *flags, "--eval-puzzles", "2", "--device", "cpu", "--out", str(tmp_path / "out")]
-    hub_folder(tmp_path / "1")                  # in several files, with an index of the old ones
-    (tmp_path / "1/notes.txt").write_text("mine")
-    pretrained.main([*run, "--export", str(tmp_path / "1")])
-    assert (tmp_path / "1/notes.txt").exists() and not list(tmp_path.glob("1/*index*"))
-    assert "took jsonl from" in capsys.readouterr().out
-    pretrained.main([*run, "--resume", "--export", str(tmp_path / "2")])
-    ours, ids = trainer(folder, *flags).model, torch.randint(0, 48, (2, 9))
-    saved = torch.load(tmp_path / "out/jsonl-tpo_no_anchor-0/checkpoint.pt")["model"]
-    ours.load_state_dict(saved, strict=False)
-    for name in "12":
-        again, tokenizer = pretrained.read_folder(str(tmp_path / name))
-        assert pretrained.Vocabulary(again, tokenizer).ends == [0, 1, 3]
-        assert tokenizer.chat_template == TEMPLATE
-        close(again(ids).logits, logits(ours, ids), atol=5e-5, rtol=1e-4)
-    before = peer.state_dict()
-    moved = {name for name, x in again.state_dict().items() if not torch.equal(x, before[name])}
-    assert moved and (not extra or all("_proj" in name for name in moved))
-    resource = pytest.importorskip("resource", reason="Windows cannot limit a file's size")
-    files, limit = {p: p.read_bytes() for p in tmp_path.glob("1/*")}, resource.RLIMIT_FSIZE
-    resource.setrlimit(limit, (20_000, hard := resource.getrlimit(limit)[1]))       # a full disk
-    write = partial(pretrained.export, again, tokenizer, tmp_path / "1")
-    one_line(capsys, f"--export {tmp_path}/1: cannot intact --resume", write, status=1)
-    resource.setrlimit(limit, (hard, hard))
-    assert {p: p.read_bytes() for p in tmp_path.glob("1/*")} == files
-
-
-def test_flags(tmp_path, capsys, monkeypatch):
-    with pytest.raises(SystemExit):
-        pretrained.main(["--help"])
-    assert "--lora-rank" in (text := capsys.readouterr().out) and "--kv-heads" not in text
-    c = pretrained.Config()
-    assert (c.task, c.epochs, c.anchor, c.warm_steps) == ("gsm8k", 1, 0, 0)
-    for flags, words in ((["--lora-rank", "-1"], "--lora-rank -1"), (["--width", "8"], "--width"),
-                         (["--algo", "tpo,grpo", "--export", "x"], "--export x one algorithm"),
-                         (["--export", "/dev/full"], "--export /dev/full no folder"),
-                         (["--export", f"{tmp_path}/new/x"], "DIR no such folder")):
-        one_line(capsys, words, lambda: pretrained.main(["DIR", *jsonl(tmp_path), *flags]))
-    assert not (tmp_path / "new").exists()
-    pytest.importorskip("transformers", reason="pip install transformers")
-    one_line(capsys, f"{tmp_path} config.json", lambda: pretrained.read_folder(str(tmp_path)))
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    one_line(capsys, "pip install transformers", lambda: pretrained.read_folder(str(tmp_path)))
-
-
-def test_prompts_longer_than_the_context_are_told_and_left_out(tmp_path, capsys):
-    folder, _ = hub_folder(tmp_path, max_position_embeddings=30)
-    flags = jsonl(tmp_path)                             # "0+1" to "89+1" and the template's three
-    task = trainer(folder, *flags, "--max-new-tokens", "24").task
-    assert {len(text) for text, _ in task.items} == {3}
-    assert "6 tokens" in (err := capsys.readouterr().err) and "80 of 90" in err and "has 7" in err
-    one_line(capsys, "--max-new-tokens 5 tokens 10 of 10 longest 6",
-             lambda: trainer(folder, *flags, "--max-new-tokens", "25"))
-    endless = SimpleNamespace(prompt=lambda rng: ("x" * rng.randrange(1, 6), 0))
-    text_tasks.leave_out_long(endless, list, 3)
-    assert " of 100 are longer, the longest has 5" in capsys.readouterr().err
-    assert {len(endless.prompt(random.Random(i))[0]) for i in range(99)} == {1, 2, 3}
-
-
-def test_number_of_an_answer():
-    for case in logged(ROOT / "results" / "reliability" / "answers.jsonl"):
-        number = text_tasks.final_number(case["text"])
-        assert number == (case["number"] and Decimal(case["number"])), case
-    for piece in ("9", "1,", "1/", " 1", "{", r"\boxed{", r"\frac{", "= 5*", "which is", "answer:"):
-        for mark in ("", "#### ", "\\boxed{"):          # in a time that grows as the text does
-            pretrained.final_number(mark + piece * 10**4)
-    assert pretrained.final_number("#### " + "9" * 10_000) is None
-
-
-@each("shots", [0, 2])
-def test_gsm8k_splits_shots_and_score(shots, tmp_path):
-    for name, numbers in (("train", range(60)), ("test", range(1000, 1020))):
-        lines = (json.dumps({"question": f"{i} + 1000?", "answer": f"<<{i}>> #### {i + 1000:,}"})
-                 for i in numbers)
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    task = text_tasks.make_task("gsm8k", str(tmp_path), shots)
-    drawn = [dict(llm_rlvr.puzzles(task, random.Random(0), 400, split))
-             for split in ("train", "heldout", "test")]
-    train, heldout, test = ({text.split("Question: ")[-1] for text in part} for part in drawn)
-    assert test == {f"{i} + 1000?\nAnswer:" for i in range(1000, 1020)}
-    asked = {f"{i} + 1000?" for i in range(60)}
-    assert heldout == {q + "\nAnswer:" for q in asked if llm_rlvr.hash_split(q) == "heldout"}
-    assert len(train) == 60 - len(heldout) - shots                          # a shot is no puzzle
-    head, = {text.rpartition("Question: ")[0] for part in drawn for text in part}
-    assert head.count("Question: ") == head.count("\nThe answer is 1,0") == shots
-    assert head.startswith("Think step by step") and "<<" not in head
-    key = next(iter(drawn[0].values()))
-    assert task.check(key, f"1 and 1. The answer is {key}.") == 1 > task.check(key, "#### 1")
-
-
-def test_jsonl_scores_and_bad_lines(tmp_path, capsys):
-    path = tmp_path / "mine.jsonl"
-    path.write_text('{"prompt": "q", "answer": 3}\n\n{\n[1]\n{"prompt": "q", "answer": null}\n'
-                    '{"prompt": " ", "answer": 3}\n{"prompt": "\\ud800", "answer": 3}\n'
-                    '{"prompt": "q", "answer": NaN}\n{"prompt": "q", "answer": true}')
-    task, err = text_tasks.make_task("jsonl", str(path), 0), capsys.readouterr().err
-    assert task.items == [("q", 3)] and err.count("\n") == 1
-    assert "7 of 9 lines" in err and ": 3, 4, 5, 6, 7, 8, 9" in err
-    for key, text, score in (
-            ("3.5", "so 7/2 = 3.50.", 1), ("3.5", "3", 0), ("3.5", "", 0), ("1e-05", "0.00001", 1),
-            ("2.5e16", "It is 25,000,000,000,000,000", 1), ('"0"', "0.0", 1), ("0", "none", 0),
-            ('"Yes, so"', "Hm.\n answer: yes, SO \n\n", 1), ('"Yes"', "yes\nno", 0),
-            (r'"a\nb"', "b", 0), (r'"a\nb"', "A \n\n b\n", 1), (r'"a\nb"', "c\na\nb", 0),
-            (r'"a\nb"', "Hm.\nAnswer:\na\nb", 1), (r'"a\nb"', "", 0)):
-        path.write_text(f'{{"prompt": "q", "answer": {key}}}')
-        (_, answer), = text_tasks.Jsonl(path).items
-        assert task.check(answer, text) == score, (key, text)
-
-
-def test_reasoning_gym_scores_in_a_process_of_its_own_slow(capsys, monkeypatch):
-    pytest.importorskip("reasoning_gym", reason="pip install reasoning-gym")
-    task = text_tasks.make_task("rg:countdown", "", 0)
-    text, entry = task.prompt(random.Random(0))
-    right, scorer, score = entry["metadata"]["expression"], task.scorer, partial(task.check, entry)
-    assert entry["question"] in text and "<answer>" in text
-    assert score(f"<answer>z</answer> no: <answer>\n{right} </answer>.") == 1
-    assert score(f" {right}\n") == 1 > score(f"{right} <answer>z</answer>")
-    assert score("print(1)") + score("input()") + score("'a' * 10**12") < 0.1 and not scorer.told()
-    monkeypatch.setattr(rg_score, "SECONDS", 1)
-    for deadly, reason in (("7**8**9", "over 1 s"), ("__import__('os')._exit(3)", "ended (3)")):
-        assert score(deadly) == 0 and score(right) == 1
-        assert "failed: 1, " in (line := scorer.told()) and reason in line
-    data = SimpleNamespace(score_answer=lambda answer, entry: eval(answer))
-    for answer in ("exit()", "1/0", "None", "'x'", "float('nan')", "1j"):
-        assert rg_score.grade(data, answer, {})[0] == 0 < len(rg_score.grade(data, answer, {})[1])
-    scorer.child.stdin.close()                          # as when the program ends
-    assert scorer.child.wait(9) == 0
-    one_line(capsys, "rg:chess9 factory.DATASETS", lambda: text_tasks.make_task("rg:chess9", "", 0))
-
-
-@each("task, data, shots, words", [
-    ("chess", "", 0, "--task chess gsm8k graph_color"), ("jsonl", "", 0, "--data jsonl"),
-    ("jsonl", ".", 0, "--data . directory"), ("jsonl", "/dev/null", 0, "--data /dev/null line"),
-    ("gsm8k", "/x", 0, "--data /x/train.jsonl"), ("gsm8k", "/x", -1, "--shots -1"),
-    ("addition", "x", 0, "--data x addition"), ("rg:x", "", 2, "--shots 2 gsm8k"),
-    ("rg:leg_counting", "", 0, "rg:leg_counting pip install reasoning-gym")])
-def test_wrong_tasks_and_data_are_one_line(task, data, shots, words, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    one_line(capsys, words, lambda: text_tasks.make_task(task, data, shots))
-
-
-# ---- recipes/trl_tpo.py, recipes/verl_tpo.py -----------------------------------------------------
-
-def recipe(name, *needs):
-    """recipes/<name>.py as a module; skips the test where a package that it needs is missing."""
-    for package in needs:
-        pytest.importorskip(package)
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@each("name, anchor", [("tpo", 0.0), ("gdpo", 0.0), ("gdpo", 0.25), ("gdpo", 1.0)])
-def test_verl_step_has_the_gradient_of_tpo_loss(name, anchor):
-    """From verl's compute_advantage to its gpg loss, in micro-batches that split groups."""
-    estimate = recipe("verl_tpo", "verl.trainer.ppo.ray_trainer").tpo_advantage
-    from verl import DataProto
-    from verl.trainer.ppo import core_algos, ray_trainer
-    uid = np.array(["a", "b", "pad", "a", "b", "a", "c", "b", "pad", "a", "c"], dtype=object)
-    lengths = torch.tensor([5, 2, 0, 3, 1, 4, 5, 2, 0, 1, 3])    # verl pads a batch with empty rows
-    mask = torch.arange(5) < lengths[:, None]
-    logp, rewards = torch.randn(11, 5).requires_grad_(), torch.rand(11, 5) * mask
-    rewards[uid == "c"] = 0.1 * mask[uid == "c"] / lengths[uid == "c", None]   # a group at rest
-    old = logp.detach()
-    batch = dict(token_level_rewards=rewards, response_mask=mask.float(), old_log_probs=old)
-    A = ray_trainer.compute_advantage(
-        DataProto.from_dict(batch, non_tensors=dict(uid=uid)), name,
-        config={"tpo_anchor": anchor, "tpo_eta": 0.5}).batch["advantages"]
-    assert (A[uid == "c"] == 0).all()
-    expected, total = 0, 0
-    for prompt in "abc":
-        l, s = ((x * mask)[uid == prompt].sum(-1) for x in (logp, rewards))
-        expected += grad(tpo_loss(l, l.detach(), s, 0.5, anchor), logp) / 3
-    config = SimpleNamespace(global_batch_info=dict(dp_size=1, global_batch_size=9))
-    for rows in ([0, 10, 4], [5, 1, 2, 3], [6, 7, 8, 9]):
-        total += core_algos.get_policy_loss_fn("gpg")(
-            old[rows], logp[rows], A[rows], mask[rows].float(), "seq-mean-token-sum", config)[0]
-    close(grad(total, logp), expected)
-    assert expected.abs().max() > 0.01
-    with pytest.raises(ValueError, match="tpo_anchor 0.25.*gdpo"):
-        estimate(rewards, mask, uid, {"tpo_anchor": 0.25})
-    estimate(rewards, mask, uid)                                                 # anchor 0
-
-
-def points(completions, **_):
-    """Rewards; for two words NaN, TRL's way to say that nothing scores this completion."""
-    return [math.nan if len(text.split()) == 2 else text.count("a") + 0.5 * text.count("b")
-            for text in completions]
-
-
-def trl_run(tmp_path, accumulate=1, epochs=1, anchor=0.0, reward=points, cls=None, **settings):
-    """A trainer of a random Qwen3 shape on 8 prompts, K = 4, 2 groups a micro-batch."""
-    import datasets
-    import tokenizers
-    import transformers
-    import trl
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *"abcdefghijkl"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=14, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, pad_token_id=0,
-        eos_token_id=1, bos_token_id=None))
-    model.generation_config.eos_token_id = [1, 5]
-    model.generation_config.min_p = settings.pop("model_min_p", None)
-    defaults = dict(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False,
-        report_to="none", num_generations=4, per_device_train_batch_size=8, num_iterations=epochs,
-        gradient_accumulation_steps=accumulate, max_completion_length=6, max_steps=4,
-        learning_rate=1e-2, max_grad_norm=0, save_strategy="no", disable_tqdm=True)
-    prompts = ["a b c", "d", "e f", "g h i j", "k", "l a", "b d", "c e"]
-    return (cls or recipe("trl_tpo").TargetPOTrainer)(
-        model, reward_funcs=reward, args=trl.GRPOConfig(**defaults | settings), anchor=anchor,
-        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer)
-
-
-@each("accumulate, epochs, slices, anchor", [(2, 2, 2, 1.0), (1, 2, 2, 0.0), (1, 1, 1, 0.25)])
-def test_slow_trl_step_has_the_gradient_of_tpo_loss(tmp_path, accumulate, epochs, slices, anchor):
-    """What the optimizer gets at each step is tpo_loss's gradient over all processes' groups.
-
-    In two: python -m torch.distributed.run --nproc-per-node 2 -m pytest test_tpo.py -k trl_step
-    """
-    trl_tpo = recipe("trl_tpo", "trl")
-    import transformers
-    from accelerate.utils import gather_object
-
-    class WithTools(trl_tpo.TargetPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            batch = super()._generate_and_score_completions(inputs)
-            return batch | {"tool_mask": (batch["completion_ids"] != 4).long()}
-
-    trainer = trl_run(tmp_path, accumulate, epochs, anchor, cls=WithTools,
-                      steps_per_generation=slices)
-    tokenizer, rollout, errors = trainer.processing_class, [], []
-
-    def totals(model, rows):
-        ids = torch.cat((rows["prompt_ids"], rows["completion_ids"]), 1)
-        mask, P = rows["completion_mask"], rows["prompt_ids"].shape[1]
-        logits = model(ids, attention_mask=torch.cat((rows["prompt_mask"], mask), 1)).logits
-        logp = logits[:, P - 1:-1].log_softmax(-1).gather(-1, ids[:, P:, None])[..., 0]
-        return (logp * mask * (ids[:, P:] != 4)).sum(-1).view(-1, 4)
-
-    class Check(transformers.TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-            got = torch.cat([p.grad.flatten() for p in model.parameters()])
-            turn = range(state.global_step * accumulate, (state.global_step + 1) * accumulate)
-            if turn[0] % (slices * epochs) == 0:
-                rollout[:] = gather_object([[dict(part) for part in trainer._buffered_inputs]])
-                for rows in itertools.chain(*rollout):
-                    rows["old"] = totals(model, rows).detach()
-            loss = 0
-            for rows in (parts[i % slices] for parts in rollout for i in turn):
-                ids, mask = rows["completion_ids"], rows["completion_mask"]
-                stop = torch.isin(ids, torch.tensor([1, 5])) * mask
-                assert stop.sum(1).max() == 1 and (stop.cumsum(1) - stop)[mask == 1].max() == 0
-                assert (rows["prompt_ids"].unflatten(0, (-1, 4)).diff(dim=1) == 0).all()
-                texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-                scores = torch.tensor(points(texts)).view(-1, 4)
-                loss += tpo_loss(totals(model, rows), rows["old"], scores, anchor=anchor,
-                                 mask=~scores.isnan())
-            loss = loss / accumulate / len(rollout)
-            expected = torch.cat([grad(loss, p).flatten() for p in model.parameters()])
-            errors.append(float((got - expected).norm() / expected.norm()))
-
-    trainer.add_callback(Check())
-    trainer.train()
-    print(f"TRL, {len(rollout)} processes, {accumulate} micro-batches, {epochs} epochs, anchor "
-          f"{anchor}: relative gradient errors {[float(f'{e:.1e}') for e in errors]}")
-    assert len(errors) == 4 and max(errors) < 1e-4
-
-
-def test_slow_trl_step_without_signal_moves_no_weight(tmp_path):
-    """Two steps fill AdamW's moments; then all rewards are equal, for two steps with decay."""
-    recipe("trl_tpo", "trl")
-    for anchor in (0.0, 0.25, 1.0):
-        weights = []
-
-        def reward(completions, **_):
-            weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
-            return points(completions) if len(weights) == 1 else [0.1] * len(completions)
-
-        trainer = trl_run(tmp_path, 2, 2, anchor, reward, weight_decay=0.1, logging_steps=1)
-        trainer.train()
-        reward([])
-        assert not weights[0].equal(weights[1]) and weights[1].equal(weights[2]), anchor
-        kl = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-        assert kl[0] > kl[1] > 0 == kl[2] == kl[3], kl
-
-
-def test_trl_settings_that_change_the_loss_or_the_sampling_are_refused(tmp_path):
-    trl_tpo = recipe("trl_tpo", "trl")
-    ours = trl_tpo.HARMLESS | set(trl_tpo.NEEDED)
-    assert not trl_tpo.UNKNOWN and ours <= {f.name for f in fields(trl_tpo.GRPOConfig)}
-    args = trl_tpo.GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    for name in sorted(ours):
-        changed = copy.copy(args)
-        changed.use_vllm, changed.vllm_importance_sampling_correction = "vllm" in name, False
-        trl_tpo.refuse(changed)
-        setattr(changed, name, 3)
-        changed.eval_strategy = "steps"
-        if name in trl_tpo.NEEDED or name.startswith("num_generations"):
-            with pytest.raises(ValueError, match=f"^{name} 3 |splits groups.*num_generations 3$"):
-                trl_tpo.refuse(changed)
-        else:
-            trl_tpo.refuse(changed)
-    for settings, words in ((dict(per_device_train_batch_size=2, gradient_accumulation_steps=2),
-                             "batch_size 2 splits groups"), (dict(temperature=0.7), "^temperature"),
-                            (dict(model_min_p=0.1), "generation_config.*MinP")):
-        with pytest.raises(ValueError, match=words):
-            trl_run(tmp_path, **settings)
-    with pytest.raises(ValueError, match="router_aux_loss_coef"):
-        trl_tpo.refuse_model(SimpleNamespace(aux_loss_enabled=True))
-
-
-def test_trl_loss_replaced_by_a_library_is_told(tmp_path):
-    ours = recipe("trl_tpo", "trl").TargetPOTrainer
-    assert inspect.signature(ours).parameters["anchor"].default == 0
-    other = dict(compute_loss=lambda self, model, *_, **__: model.lm_head.weight.sum())
-    trainer = trl_run(tmp_path, cls=type("Other", (ours,), other))
-    before = [p.detach().clone() for p in trainer.model.parameters()]
-    with pytest.raises(RuntimeError, match="compute_loss"):
-        trainer.train()
-    assert all(map(torch.equal, before, trainer.model.parameters()))
-
-
-class TinkerEngine:
-    """The Tinker API on a bigram table: adds its losses, or divides them as SkyRL's JAX does."""
-    chat_template, eos_token_id = None, 0                        # it is its own tokenizer, sampler
-    get_tokenizer = save_weights_and_get_sampling_client = lambda self: self
-
-    def __init__(self, divides):
-        self.table, self.divides = torch.randn(6, 6, requires_grad=True), divides
-
-    def __call__(self, text):
-        return SimpleNamespace(input_ids=text)
-
-    def decode(self, tokens, skip_special_tokens):
-        return tokens
-
-    @torch.no_grad()
-    def sample(self, prompt, K, params):
-        rows = []
-        for _ in range(K):
-            ids, logps = prompt[-1:], []
-            while len(logps) < params.max_tokens and ids[1:][-1:] != params.stop:
-                logp = self.table[ids[-1]].log_softmax(-1)
-                ids.append(int(logp.exp().multinomial(1)))
-                logps.append(float(logp[ids[-1]]))
-            rows.append(SimpleNamespace(tokens=ids[1:], logprobs=logps))
-        return done(sequences=rows)
-
-    def logps(self, rows):
-        ids = [(row.model_input, row.loss_fn_inputs["target_tokens"].to_torch()) for row in rows]
-        return [self.table[x].log_softmax(-1).gather(-1, y[:, None])[:, 0] for x, y in ids]
-
-    def forward(self, rows, loss):
-        return done(loss_fn_outputs=[
-            dict(logprobs=tinker_tensor(logp.detach())) for logp in self.logps(rows)])
-
-    def forward_backward(self, rows, loss):
-        for row, logp in zip(rows, self.logps(rows)):
-            x = {name: value.to_torch() for name, value in row.loss_fn_inputs.items()}
-            if loss == "importance_sampling":
-                logp = (logp - x["logprobs"]).exp() * x["advantages"]
-            by = x["weights"].sum().clamp(min=1e-9) * len(rows) if self.divides else 1
-            (-(logp * x["weights"]).sum() / by).backward()
-        return done()
-
-    def forward_backward_custom(self, rows, loss_fn):
-        logps = [logp.detach().requires_grad_() for logp in self.logps(rows)]
-        loss, metrics = loss_fn(rows, logps)
-        loss.backward()
-        self.forward_backward([tinker_datum(row.model_input, row.loss_fn_inputs | dict(
-            weights=-logp.grad)) for row, logp in zip(rows, logps)], "cross_entropy")
-        return done(metrics=metrics)
-
-    def optim_step(self, adam):                                           # Adam's with betas 0
-        g, self.table.grad = self.table.grad, None
-        self.table.data -= adam.learning_rate * g / (g.abs() + adam.eps)
-        return done(metrics={"skyrl.ai/grad_norm": float(g.norm())})
-
-
-def done(**result):
-    return SimpleNamespace(result=lambda: SimpleNamespace(**result))
-
-
-def tinker_tensor(x):
-    return SimpleNamespace(to_torch=lambda: x) if torch.is_tensor(x) else x
-
-
-def tinker_datum(model_input, loss_fn_inputs):
-    inputs = {name: tinker_tensor(x) for name, x in loss_fn_inputs.items()}
-    return SimpleNamespace(model_input=model_input, loss_fn_inputs=inputs)
-
-
-def tinker_recipe(monkeypatch, divides):
-    monkeypatch.setitem(sys.modules, "tinker", SimpleNamespace(
-        AdamParams=lambda **given: SimpleNamespace(**dict(eps=1e-12) | given), Datum=tinker_datum,
-        SamplingParams=SimpleNamespace, ModelInput=SimpleNamespace(from_ints=list)))
-    return recipe("tinker_tpo"), TinkerEngine(divides)
-
-
-@each("divides", [False, True])
-def test_tinker_slopes_are_tpo_loss_s_and_check_finds_the_wrong_ones(divides, monkeypatch):
-    tinker_tpo, engine = tinker_recipe(monkeypatch, divides)
-    prompts = [([1], None), ([2, 3], None)]
-    rows, old, scores = tinker_tpo.rollout(engine, prompts, lambda key, y: len(y) % 5, 4, 8, 0)
-    completion = [slice(0, None)] * 4 + [slice(1, None)] * 4       # after prompts of 1 and 2
-    sums = torch.stack([logp[at].sum() for logp, at in zip(engine.logps(rows), completion)])
-    sums, N = sums.view(2, 4), len(rows)
-    close(old, sums.detach())
-    lengths = [len(row.model_input[at]) for row, at in zip(rows, completion)]
-    close(scores, torch.tensor(lengths).view(2, 4) % 5.0)
-    assert len(set(lengths)) > 2
-    old = old + torch.randn(2, 4)                                  # as on a later epoch
-    for anchor in (0.0, 0.25, 1.0):
-        loss_fn = tinker_tpo.make_loss(old, scores, 0.5, anchor)
-        loss = tpo_loss(sums, old, scores, 0.5, anchor)
-        expected = grad(loss, engine.table)
-        for way in ("importance", "custom"):
-            metrics = tinker_tpo.backward(engine, rows, loss_fn, way)
-            got, engine.table.grad = engine.table.grad * (N if divides else 1), None
-            wrong = way == "custom" and divides
-            assert torch.allclose(got, expected, atol=1e-5) != wrong
-        q = tpo_target(old, scores, 0.5, anchor)
-        close(torch.tensor(metrics["KL"]), loss.detach() + (q * q.log()).sum(-1).mean())
-        way = tinker_tpo.check(TinkerEngine(divides), rows, loss_fn)
-        assert way == ("importance" if divides else "custom")
-
-
-def test_tinker_run_learns_leaves_equal_groups_alone_and_refuses_flags(monkeypatch, capsys):
-    tinker_tpo, engine = tinker_recipe(monkeypatch, True)
-    start = engine.table.detach().clone()
-    monkeypatch.setattr(tinker_tpo, "connect", lambda flags: lambda: engine)
-
-    def run(reward):
-        flags = "--prompts 4 --samples 8 --max-tokens 6 --lr .3 --epochs 2 --updates 15".split()
-        tinker_tpo.main(lambda rng: ([rng.randrange(1, 6)], None), reward, flags)
-        return capsys.readouterr().out.splitlines()
-    assert run(lambda key, y: 1)[-1] == "update 15: reward 1.000, KL(q||p) -, informative 0%"
-    assert torch.equal(engine.table, start)
-    reward = [float(re.search(r"reward (\S+),", line)[1]) for line in run(
-        lambda key, y: y.count(3) / len(y))]
-    assert reward[0] < 0.5 and reward[-1] > 0.9
-    for flags in ("--temperature .7", "--top-p .9", "--anchor 2", "--samples 1", "--epochs 0"):
-        with pytest.raises(SystemExit, match=flags.split()[0]):
-            tinker_tpo.main(None, None, flags.split())
-
-
 # ---- the repository ------------------------------------------------------------------------------
+
+SHORT = "seqtask.py --length 3 --batch 9 --episodes 9 --algo tpo,grpo"
+
+
+@each("command", [SHORT, SHORT + " | head -1", "bandit.py --help | true",
+                  f"llm_rlvr.py {' '.join(TINY)} | head -1"])
+def test_scripts_print_in_any_locale_and_end_quietly_with_their_reader(
+        command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = in_ascii(f"{ROOT}/{command}")
+    assert run.stderr == "" and ("|" in command or "final error ? s.e." in run.stdout)
+
 
 def test_lines_fit_and_imports_go_one_way_without_effects(tmp_path, monkeypatch):
     for path in (*ROOT.glob("*.py"), *ROOT.glob("recipes/*.py"), *ROOT.glob("results/**/*.py")):
