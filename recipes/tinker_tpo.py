@@ -212,7 +212,8 @@ def main(prompt, reward, argv=None):
         rows, logp_old, scores = sample(training)
         told = standardize(scores).abs().amax(-1) > 0                                 # (prompts,)
         rows = [row for i, row in enumerate(rows) if told[i // K]]
-        loss_fn = make_loss(logp_old[told], scores[told], flags.eta, flags.anchor)
+        if rows:
+            loss_fn = make_loss(logp_old[told], scores[told], flags.eta, flags.anchor)
         KL = []
         for _ in range(flags.epochs if rows else 0):
             KL.append(backward(training, rows, loss_fn, way)["KL"])
