@@ -43,7 +43,7 @@ def children():
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             command = path.read_bytes()
-            state = (path.parent / "stat").read_text().rpartition(")")[2].split()[0]
+            state = (path.parent / "stat").read_text("utf-8").rpartition(")")[2].split()[0]
         except OSError:
             continue
         if b"rg_score.py" in command and state != "Z":
