@@ -12,7 +12,8 @@ except ImportError:
     raise SystemExit("plots need matplotlib: pip install matplotlib")
 
 HERE = Path(__file__).parent
-LOGS = ("bandit/*", "seqtask/*", "llm/default", "llm/compare", "llm/lag", "long/learn", "long/smol")
+LOGS = ("bandit/*", "seqtask/*", "llm/tpo", "llm/default", "llm/compare",
+        "llm/lag", "long/learn", "long/smol")
 LOOKS = {                                                               # name and color of a curve
     "tpo": ("TPO", "#d62728"), "tpo_token": ("TPO", "#d62728"),
     "tpo:anchor=1": ("TPO α=1", "#d62728"), "tpo:anchor=0.25": ("TPO α=.25", "#e377c2"),
