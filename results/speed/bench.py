@@ -86,6 +86,8 @@ def rl_step(tokens, K, T, scores, width=128, compiled=False):
         def build(self):
             return SimpleNamespace(encode=list, ends=[-1]), gpt(width)
 
+        make_optimizers = pretrained.Pretrained.make_optimizers             # AdamW alone
+
         def score(self, items, y):
             return scores
 

@@ -118,6 +118,8 @@ def large_update(matmul, copy, lora_rank):
                 pretrained.add_lora(model, lora_rank, torch.bfloat16)
             return SimpleNamespace(encode=list, ends=[-1]), model
 
+        make_optimizers = pretrained.Pretrained.make_optimizers             # AdamW alone
+
         def score(self, items, y):
             return torch.rand(B, K)
 
