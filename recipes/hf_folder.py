@@ -126,6 +126,9 @@ def export(library, tokenizer, folder):
             tokenizer.save_pretrained(beside)
             new = os.listdir(beside)
             for name in new:
+                if (folder / name).is_dir():
+                    raise OSError(f"{name} is a folder there")
+            for name in new:
                 os.replace(Path(beside) / name, folder / name)
         for path in folder.iterdir():
             if MODEL_FILES.fullmatch(path.name) and path.name not in new:

@@ -11,7 +11,7 @@ Your own task is a file that ends with these two lines, and takes the same flags
 
 The loss runs here. The engine samples, returns log-probs, takes dL/dlogp and steps Adam on LoRA:
     sample     K completions of each prompt; l_old = their log-probs there, s = rewards: both stay
-    leave out  groups of equal scores, so that they change no weight; if all are: no step
+    leave out  groups of equal scores, on every epoch: loss and KL are means over the others
     epochs     l = log-probs now, tpo_loss(l, l_old, s), its slopes back, Adam
 Two ways take the slopes back, and both are meant to be the gradient of -sum_t w_t logp_t:
     custom      the SDK's forward_backward_custom: loss "cross_entropy", weights w = -dL/dlogp
@@ -34,11 +34,13 @@ anchor 0 and one epoch, with verl_tpo.py's advantages in AdvantageEstimatorRegis
 f) of skyrl.backends.skyrl_train.utils.ppo_utils and loss_reduction "seq_mean_token_sum_norm".
 """
 import argparse
+import math
 import os
 import random
 import re
 import sys
 import urllib.request
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -55,7 +57,8 @@ FALL, EPS = 0.001, 1e6     # --check: by how much the loss is to fall; far above
 
 
 def encode(tokenizer, text):
-    """One user message in the chat template, or the bare text if there is none."""
+    """One user message in the chat template, or the bare text if there is none. Control tokens in
+    the text stay control: cut them from data of others."""
     if not tokenizer.chat_template:
         return tokenizer(text).input_ids
     return tokenizer.apply_chat_template([{"role": "user", "content": text}], return_dict=False,
@@ -84,8 +87,12 @@ def rollout(training, tasks, reward, K, max_tokens, seed):
                 model_input=tinker.ModelInput.from_ints(ids[:-1]), loss_fn_inputs={
                     "target_tokens": torch.tensor(ids[1:]), "weights": completion.float()}))
             logp_old.append(sum(sample.logprobs))
-            answer = tokenizer.decode(sample.tokens, skip_special_tokens=True)
-            scores.append(float(reward(key, answer)))
+            ended = sample.tokens[-1:] == [tokenizer.eos_token_id]
+            answer = tokenizer.decode(sample.tokens[:-1] if ended else sample.tokens)
+            score = reward(key, answer)
+            if not (isinstance(score, Real) and math.isfinite(score)):
+                sys.exit(f"reward({key!r}, {answer!r}) gave {score!r}: allowed are finite numbers")
+            scores.append(float(score))
     return rows, torch.tensor(logp_old).view(-1, K), torch.tensor(scores).view(-1, K)
 
 
@@ -129,7 +136,9 @@ def check(training, rows, loss_fn):
         for _ in range(3):                                   # measure, step, measure
             losses.append(backward(training, rows, loss_fn, way)["loss"])
             adam = tinker.AdamParams(learning_rate=rate * EPS, beta1=0.0, beta2=0.0, eps=EPS)
-            norm = training.optim_step(adam).result().metrics["skyrl.ai/grad_norm"]
+            norm = training.optim_step(adam).result().metrics.get("skyrl.ai/grad_norm")
+            if not norm:
+                sys.exit("--check: the engine reports no gradient norm, or 0: nothing to compare")
             rate = FALL / (N * norm**2) if len(losses) == 1 else 0.0
         ratio = (losses[0] - losses[2]) / FALL
         right = min(abs(ratio - 1), abs(N * ratio - 1)) < 0.05
@@ -162,12 +171,13 @@ def read_flags(argv):
     if other:
         sys.exit(f"{other[0]}: no such flag; samples are drawn at temperature 1 without top_p or "
                  "top_k, for their log-probs are p_old")
+    counts = "updates", "prompts", "epochs", "max_tokens", "rank"
     for name, fine, allowed in (("samples", flags.samples > 1, "2 or more"),
-                                ("epochs", flags.epochs > 0, "1 or more"),
-                                ("eta", flags.eta > 0, "above 0"),
+                                *((name, getattr(flags, name) > 0, "1 or more") for name in counts),
+                                ("eta", flags.eta > 0, "above 0"), ("lr", flags.lr > 0, "above 0"),
                                 ("anchor", 0 <= flags.anchor <= 1, "0 to 1")):
         if not fine:
-            sys.exit(f"--{name} {getattr(flags, name)}: allowed is {allowed}")
+            sys.exit(f"--{name.replace('_', '-')} {getattr(flags, name)}: allowed is {allowed}")
     return flags
 
 

@@ -94,6 +94,9 @@ def refuse(args):
 
 def refuse_model(trainer):
     """ValueError for what the model itself brings along."""
+    if getattr(trainer, "rollout_func", None):
+        raise ValueError("rollout_func samples as it likes: TPO needs temperature 1 without top-k "
+                         "or top-p, so leave it out")
     if getattr(trainer, "aux_loss_enabled", False):
         raise ValueError("router_aux_loss_coef adds a loss that TPO does not have: set it to 0.0")
     if not hasattr(trainer, "eos_token_ids"):

@@ -50,7 +50,11 @@ def tpo_advantage(token_level_rewards, response_mask, index, config=None, batch=
     Groups may have any size, their rows any order. batch["old_log_probs"] (rows, T) where the
     trainer hands it over; ValueError if the anchor needs it and it is not there.
     """
-    eta, anchor = ((config or {}).get(*given) for given in (("tpo_eta", 1.0), ("tpo_anchor", 0.0)))
+    given = config or {}
+    eta, anchor = given.get("tpo_eta", 1.0), given.get("tpo_anchor", 0.0)
+    if given.get("use_kl_in_reward") or eta <= 0:
+        raise ValueError("algorithm.use_kl_in_reward changes the scores: TPO needs False; "
+                         f"tpo_eta {eta}: above 0")
     mask = response_mask.bool()
     scores, logp_old = token_level_rewards.sum(-1), torch.zeros(len(index))          # (rows,)
     if batch is not None:
@@ -65,7 +69,7 @@ def tpo_advantage(token_level_rewards, response_mask, index, config=None, batch=
     for rows in groups.values():
         l = logp_old[rows].to(scores)                                                # (K,)
         advantages[rows] = -tpo_weights(l, l, scores[rows], eta, anchor)
-    advantages *= mask.any(-1).sum() / len(groups)              # a mean over rows -> over prompts
+    advantages *= mask.any(-1).sum() / max(1, len(groups))      # a mean over rows -> over prompts
     advantages = advantages[:, None] * response_mask
     return advantages, advantages
 
