@@ -526,7 +526,7 @@ def records(run, errors, notes, seconds):
 
 def report(results):
     """A table of {run: result}, and the eight best in one line, with the settings that vary."""
-    print(f"\n{'setting':>63}{'final error ± s.e.':>20}{'solved':>8}{'1% at':>7}{'ms/episode':>12}")
+    print(f"\n{'setting':>63}{'error ± s.e.':>20}{'solved':>8}{'1% at':>7}{'ms/episode':>12}")
     for run, r in results.items():
         se, step = r["final_error_se"], r["steps_to_1pct"]
         error = f"{r['final_error']:.1%}" + ("" if se is None else f" ± {se:.1%}")
