@@ -1,6 +1,6 @@
 """RL with verifiable rewards on a small GPT by Target Policy Optimization (arXiv 2604.06159).
 
-    python llm_rlvr.py --algo tpo                    107 s on two CPU cores
+    python llm_rlvr.py --algo tpo                    2 to 5 min on two CPU cores
     python llm_rlvr.py --algo tpo,grpo,ppo,dg        each as it was tuned, then a line of each
     python llm_rlvr.py --task knights_knaves         another task; --help lists every flag
     python llm_rlvr.py --algo tpo --resume           go on after Ctrl-C or a crash
