@@ -32,6 +32,7 @@ SkyRL's own trainer (skyrl 0.3.0) takes the same function, at anchor 0 and with 
     # trainer.update_epochs_per_batch=1 trainer.policy_mini_batch_size=<trainer.train_batch_size>
 
 That reduction divides a sum over tokens by sequences * max_seq_len: 1 makes it the mean.
+verl shows an estimator only algorithm.*: the actor's settings above are not checked.
 """
 import importlib.util
 import sys
