@@ -477,9 +477,9 @@ def train(run, device, share, diagnose=False, checkpoints=()):
         for part, was in zip(parts, saved["parts"]):
             part.restore(was)
         rows, start = saved["rows"], start - saved["seconds"]
-        print(f"  goes on after episode {len(rows):,d}, from {checkpoints[0]}")
+        print(f"  goes on after episode {len(rows):,d}, from {saved['path']}")
     elif saved:
-        print(f"  {checkpoints[0]} is of another run, and replaced in a minute")
+        print(f"  {saved['path']} is of another run, and replaced in a minute")
     for done in range(len(rows) + 1, run.episodes + 1):
         each = [part.episode(run, diagnose) for part in parts]
         rows.append({name: torch.cat([row[name] for row in each]) for name in each[0]})
@@ -601,7 +601,7 @@ def load(checkpoints):
         if sha256(data[32:]).digest() != data[:32]:
             fail(f"--out: {path} is damaged (its checksum differs): delete it to go on from "
                  f"{checkpoints[1]} or, without that, from the start")
-        return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(data[32:]), "cpu", weights_only=True) | {"path": path}
     return {}
 
 
