@@ -881,13 +881,13 @@ def load(c, folder):
         if paths:
             fail(f"--resume: no checkpoint in {folder} can be read; leave it out to start anew")
         return None
-    for damaged in paths[:paths.index(path)]:   # or it would become the one before, when one is due
-        damaged.unlink()
     wanted = asdict(c) | {"device": pick_device(c.device).type}
     free = {"resume", "plot", "out", "compile", "micro_tokens", "recompute", "export"}
     for name in wanted:
         if name not in free and before.get(name) != wanted[name]:
             fail(f"{flag_name(name)} {wanted[name]}: {path} needs {before.get(name)} to go on")
+    for damaged in paths[:paths.index(path)]:   # or it would become the one before, when one is due
+        damaged.unlink()
     return saved
 
 

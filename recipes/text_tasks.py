@@ -146,7 +146,9 @@ def make_task(name, data, shots):
 
 def leave_out_long(task, encode, room):
     """Take from a task the prompts of more than room tokens, and tell how many there are."""
-    draw, rng = task.prompt, random.Random(0)
+    # make_task gives every run the same instance: what an earlier one put round prompt stays out
+    task.draw = draw = getattr(task, "draw", task.prompt)
+    rng = random.Random(0)
     endless = not hasattr(task, "items")
     items = [draw(rng) for _ in range(100)] if endless else task.items
     lengths = [len(encode(text)) for text, _ in items]

@@ -222,12 +222,12 @@ def main(prompt, reward, argv=None):
         rows, logp_old, scores = sample(training)
         told = standardize(scores).abs().amax(-1) > 0                                 # (prompts,)
         rows = [row for i, row in enumerate(rows) if told[i // K]]
+        KL = []
         if rows:
             loss_fn = make_loss(logp_old[told], scores[told], flags.eta, flags.anchor)
-        KL = []
-        for _ in range(flags.epochs if rows else 0):
-            KL.append(backward(training, rows, loss_fn, way)["KL"])
-            training.optim_step(adam).result()
+            for _ in range(flags.epochs):
+                KL.append(backward(training, rows, loss_fn, way)["KL"])
+                training.optim_step(adam).result()
         fit = ", ".join(f"{x:.3f}" for x in KL) or "-"
         print(f"update {update}: reward {scores.mean():.3f}, KL(q||p) {fit}, "
               f"informative {told.float().mean():.0%}", flush=True)

@@ -53,9 +53,10 @@ def tpo_advantage(token_level_rewards, response_mask, index, config=None, batch=
     """
     given = config or {}
     eta, anchor = given.get("tpo_eta", 1.0), given.get("tpo_anchor", 0.0)
-    if given.get("use_kl_in_reward") or eta <= 0:
-        raise ValueError("algorithm.use_kl_in_reward changes the scores: TPO needs False; "
-                         f"tpo_eta {eta}: above 0")
+    if given.get("use_kl_in_reward"):
+        raise ValueError("algorithm.use_kl_in_reward changes the scores: TPO needs False")
+    if eta <= 0:
+        raise ValueError(f"algorithm.tpo_eta {eta}: allowed are numbers above 0")
     mask = response_mask.bool()
     scores, logp_old = token_level_rewards.sum(-1), torch.zeros(len(index))          # (rows,)
     if batch is not None:

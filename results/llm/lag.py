@@ -104,11 +104,12 @@ def record():
 
 def table():
     """pass@1 in % after the last update, mean and s.e. over seeds."""
+    runs = read()
     print("| method |", *(f"lag {lag} |" for lag in LAGS), "\n|" + "---|" * (1 + len(LAGS)))
     for algo in METHODS:
         cells = []
         for lag in LAGS:
-            x = [100 * r["pass1_after"] for r in read() if (r["algo"], r["lag"]) == (algo, lag)]
+            x = [100 * r["pass1_after"] for r in runs if (r["algo"], r["lag"]) == (algo, lag)]
             cells.append(f"{mean(x):.1f} ± {stdev(x) / len(x) ** 0.5:.1f}" if len(x) > 1 else "-")
         print("|", " | ".join((algo, *cells)), "|")
 
