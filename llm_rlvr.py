@@ -286,7 +286,7 @@ class Trainer:
         return pad_sequence(rows, True, padding_value=-1, padding_side="left").to(self.device)
 
     def evaluate(self):
-        """pass@1 on the evaluation puzzles: four samples each at temperature 1, and greedy.
+        """pass@1 and pass@4 on the evaluation puzzles, of four samples at temperature 1; greedy.
 
         With it what the model writes: two samples of one puzzle, the same one every time.
         """
@@ -298,7 +298,9 @@ class Trainer:
                 y, _ = self.sample(self.encode_prompts(items[i:i + n]), K, generator, greedy)
                 scores = self.score(items[i:i + n], y)                                    # (n, K)
                 right.append((scores == 1).float())
-            result[name] = torch.cat(right).mean().item()
+            right = torch.cat(right)
+            result[name] = right.mean().item()
+        result["pass4"] = right.amax(-1).mean().item()      # any of a puzzle's four
         completions = [self.read(ids)[0] for ids in y[0, :2].tolist()]          # of puzzle i
         return result | dict(example=dict(prompt=items[i][0], completions=completions,
                                           scores=scores[0, :2].tolist()))

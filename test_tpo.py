@@ -1053,6 +1053,7 @@ def test_pass1_is_four_samples_at_temperature_1_and_every_evaluation_draws_the_s
     for name, y in ("pass1", four), ("greedy", greedy):
         scores = t.score(items, y)                            # with partial credit
         assert scores.mean() != result[name] == pytest.approx((scores == 1).float().mean().item())
+    assert result["pass1"] < result["pass4"] == (t.score(items, four) == 1).any(-1).float().mean()
     two, (text, key) = [t.read(ids)[0] for ids in four[18, :2].tolist()], items[18]
     assert result["example"] == dict(prompt=text, completions=two, scores=pytest.approx(
         [t.task.check(key, answer) for answer in two]))
