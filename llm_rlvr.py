@@ -27,9 +27,10 @@ import time
 import zlib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache, partial
+from functools import cache, partial, reduce
 from itertools import combinations, islice, product, takewhile
 from numbers import Real
+from operator import and_
 from pathlib import Path
 from runpy import run_path
 from statistics import mean
@@ -700,24 +701,19 @@ class KnightsKnaves:
     defaults = {}
 
     def prompt(self, rng):
-        worlds = [dict(zip(self.people, w)) for w in product(self.kinds, repeat=3)]
         while True:
-            said = {}                   # speaker -> a claim: "B is a knave or C is a knight"
-            for speaker in self.people:
+            claims, fits = [], [dict(zip(self.people, w)) for w in product(self.kinds, repeat=3)]
+            for speaker in self.people:         # A says B is a knave or C is a knight
                 n = rng.choice((1, 2, 2))
                 about = sorted(zip(rng.sample(self.people, n), rng.choices(self.kinds, k=n)))
-                said[speaker] = rng.choice(list(self.joints)), about
-            fits = [world for world in worlds if self.consistent(world, said)]
+                joint = rng.choice(list(self.joints))
+                words = f" {joint} ".join(f"{person} is a {kind}" for person, kind in about)
+                claims.append(f"{speaker} says {words}. ")
+                fits = [world for world in fits         # where only a knight would say so
+                        if self.joints[joint](world[person] == kind for person, kind in about)
+                        == (world[speaker] == "knight")]
             if len(fits) == 1:
-                claims = [f"{speaker} says " + f" {joint} ".join(f"{x} is a {k}" for x, k in about)
-                          for speaker, (joint, about) in said.items()]
-                return ". ".join(claims) + ". Who?", fits[0]
-
-    def consistent(self, world, said):
-        """Whether the knights of world, and only they, said something true."""
-        return all((world[speaker] == "knight")
-                   == self.joints[joint](world[x] == kind for x, kind in about)
-                   for speaker, (joint, about) in said.items())
+                return "".join(claims) + "Who?", fits[0]
 
     def check(self, key, answer):
         """The share of people given the right kind, if each is named once, in any order."""
@@ -737,19 +733,15 @@ class GraphColor:
     edges = ["-".join(pair) for pair in combinations(nodes, 2)]
     defaults = {}
 
-    def __init__(self):         # sets of edges as bits: those that a coloring gives equal colors
-        colorings = product(self.colors, repeat=6)
-        self.equal = {self.bits(e for e in self.edges if not self.proper([e], c))
-                      for c in colorings}
-
-    def bits(self, edges):
-        return sum(1 << self.edges.index(e) for e in edges)
+    def __init__(self):         # edge -> the colorings that it allows, a bit each
+        colorings = list(product(self.colors, repeat=6))
+        self.allowed = {edge: sum(self.proper([edge], c) << i for i, c in enumerate(colorings))
+                        for edge in self.edges}
 
     def prompt(self, rng):
         while True:
             edges = sorted(rng.sample(self.edges, rng.randint(4, 8)))
-            graph = self.bits(edges)
-            if any(not graph & equal for equal in self.equal):
+            if reduce(and_, (self.allowed[edge] for edge in edges)):    # one that all allow
                 return "Color" + "".join(" " + e for e in edges) + ":", edges
 
     def proper(self, edges, colors):
