@@ -18,10 +18,8 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import re
-import signal
 import sys
 import time
 import zlib
@@ -84,6 +82,10 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     compile: bool = flag(False, "torch.compile the training pass")
     plot: bool = flag(False, "draw pass@1 into the first run's folder (needs matplotlib)")
+
+    @property
+    def folder(self):
+        return Path(self.out, f"{self.task.replace(':', '-')}-{self.algo}-{self.seed}")
 
 
 # The better of 1e-2 and the default 2e-2 on graph_color (results/llm/lag_tune.txt). These replace
@@ -326,13 +328,11 @@ class Trainer:
             optimizer.zero_grad()
         self.seconds = time.monotonic() - start
 
-    def run(self, folder, stop=()):
+    def run(self):
         """Warm start or resume, then updates, with a checkpoint and an evaluation every
-        --eval-every. Ends after the update under way once stop, a list, has an item."""
-        c, (path, previous) = self.c, checkpoints(folder)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)     # of this run, not of those before
-        saved = load(c, folder) if c.resume else None
+        --eval-every. Returns the log and the line that sums it up."""
+        c, (path, previous) = self.c, checkpoints(self.c)
+        saved = load(c) if c.resume else None
         if saved:
             self.restore(saved)
         else:
@@ -344,50 +344,46 @@ class Trainer:
         start = time.monotonic() - self.seconds
         while True:
             self.seconds = time.monotonic() - start
-            due = self.step % c.eval_every == 0 or self.step == c.steps
-            if due or stop:
+            if self.step % c.eval_every == 0 or self.step == c.steps:
                 # before the evaluation: a run killed in it repeats the evaluation, no update
                 write(path, self.state(), previous)
-            if stop:
-                fail(f"stopped after {self.step} updates; --resume continues from {path}", 130)
-            if due:
-                self.record_evaluation(folder)
+                self.record_evaluation()
             if self.step == c.steps:
-                return self.record_result(folder, time.monotonic() - start)
+                return self.records, self.record_result(time.monotonic() - start)
             metrics = self.update()
             self.step += 1
             self.records.append({"kind": "update", "step": self.step, **metrics})
 
-    def record_evaluation(self, folder):
+    def record_evaluation(self):
         recent = list(takewhile(lambda r: r["kind"] == "update", reversed(self.records)))
         names = [name for name in recent[0] if name not in ("kind", "step")] if recent else []
         means = {name: round(mean(r[name] for r in recent), 5) for name in names}
-        self.log(folder, kind="eval", step=self.step, seconds=round(self.seconds, 2),
-                 **self.evaluate(), **means)
+        self.log(kind="eval", step=self.step, seconds=round(self.seconds, 2), **self.evaluate(),
+                 **means)
         print(progress(self.records[-1], self.c.steps), flush=True)
 
-    def record_result(self, folder, seconds):
+    def record_result(self, seconds):
         c, evaluations = self.c, [r for r in self.records if r["kind"] == "eval"]
         first, last = evaluations[0], evaluations[-1]
-        self.log(folder, kind="result", task=c.task, algo=c.algo, seed=c.seed, params=self.params,
+        self.log(kind="result", task=c.task, algo=c.algo, seed=c.seed, params=self.params,
                  steps=c.steps, pass1_before=first["pass1"], pass1_after=last["pass1"],
                  greedy_after=last["greedy"], seconds=round(seconds, 2),
                  sample_tok_s=last["sample_tok_s"], train_tok_s=last["train_tok_s"],
-                 peak_mb=peak_mb(self.device))
+                 peak_mb=round(torch.cuda.max_memory_allocated(self.device.index) / 2**20))
         print(last["example"]["prompt"])
         for text, score in zip(last["example"]["completions"], last["example"]["scores"]):
             print(f"    {score:g}  {text}")
         name = f"tpo (alpha {c.anchor:g})" if c.algo == "tpo" else c.algo
-        self.summary = (
+        summary = (
             f"{name} took {c.task} from {first['pass1']:.1%} to {last['pass1']:.1%} "
             f"pass@1 (greedy {last['greedy']:.1%}) on {len(self.eval_items)} {c.eval_set} "
             f"puzzles in {c.steps} updates and {seconds:.0f} s, warm start included")
-        print(self.summary, flush=True)
-        return self.records
+        print(summary, flush=True)
+        return summary
 
-    def log(self, folder, **record):
+    def log(self, **record):
         self.records.append(record)
-        write(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.records))
+        write(self.c.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.records))
 
     def state(self):
         """What a checkpoint holds."""
@@ -854,14 +850,14 @@ def write(path, value, previous=None):
         fail(f"cannot write {path} ({str(error).splitlines()[0]}); what stood there is intact", 1)
 
 
-def checkpoints(folder):
+def checkpoints(c):
     """The last one, and the one before it."""
-    return folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+    return c.folder / "checkpoint.pt", c.folder / "checkpoint.previous.pt"
 
 
-def load(c, folder):
+def load(c):
     """The last whole checkpoint that c may continue, None if there is none."""
-    paths = [path for path in checkpoints(folder) if path.exists()]
+    paths = [path for path in checkpoints(c) if path.exists()]
     for path in paths:
         try:
             if part := ZipFile(path).testzip():     # by CRC-32s, which torch.load does not look at
@@ -873,7 +869,7 @@ def load(c, folder):
             print(f"{path} is damaged ({type(error).__name__}: {str(error).splitlines()[0]})")
     else:
         if paths:
-            fail(f"--resume: no checkpoint in {folder} can be read; leave it out to start anew")
+            fail(f"--resume: no checkpoint in {c.folder} can be read; leave it out to start anew")
         return None
     wanted = asdict(c) | {"device": pick_device(c.device).type}
     free = {"resume", "plot", "out", "compile", "micro_tokens", "recompute", "export"}
@@ -887,32 +883,17 @@ def load(c, folder):
 
 def claim(c):
     """Make the run's folder and lock it. The lock ends with the process, however that ends."""
-    folder = Path(c.out, f"{c.task.replace(':', '-')}-{c.algo}-{c.seed}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a+", encoding="utf-8")
-    except OSError as error:
-        fail(f"--out {c.out}: {folder} cannot be written ({error.strerror})")
-    with suppress(ImportError):                                         # Windows has none
-        import fcntl
-        try:
+        c.folder.mkdir(parents=True, exist_ok=True)
+        lock = open(c.folder / "lock", "wb")
+        with suppress(ImportError):                                     # Windows has none
+            import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            fail(f"--out {c.out}: process {lock.read()} is writing {folder}")
-    lock.truncate(0)
-    print(os.getpid(), "on", platform.node(), end="", file=lock, flush=True)
-    return folder, lock
-
-
-def peak_mb(device):
-    """Largest memory in MB: of the GPU's allocator, else of the process; None if unknown."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    with suppress(ImportError):                                         # Windows has none
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+        return lock
+    except BlockingIOError:
+        fail(f"--out {c.out}: another process is writing {c.folder}")
+    except OSError as error:
+        fail(f"--out {c.out}: {c.folder} cannot be written ({error.strerror})")
 
 
 def pick_device(name):
@@ -992,32 +973,23 @@ def main(argv=None, trainer=Trainer):
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     with suppress(AttributeError):                      # a notebook's has other methods
         sys.stdout.reconfigure(errors="backslashreplace")       # e.g. of a prompt, if it is ASCII
-    configs, stop = parse(sys.argv[1:] if argv is None else argv, trainer), []
-    if configs[0].plot:
-        draw = run_path(str(Path(__file__).parent / "results" / "plot.py"))["llm"]
-
-    def ask_to_stop(signum, _):
-        stop.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-        os.write(2, b"stopping soon, with a checkpoint; the same again stops at once\n")
-
-    claims = [claim(c) for c in configs]
-    for signum in signal.SIGINT, signal.SIGTERM:
-        signal.signal(signum, ask_to_stop)
+    configs = parse(sys.argv[1:] if argv is None else argv, trainer)
     logs, summaries = [], []
     try:
-        for c, (folder, _) in zip(configs, claims):
-            run = trainer(c)
-            logs += run.run(folder, stop)
-            summaries.append(run.summary)
-            del run                                     # or the next finds less memory
+        for c in configs:
+            with claim(c):
+                log, summary = trainer(c).run()
+            logs += log
+            summaries.append(summary)
         if len(configs) > 1:
             print(*summaries, sep="\n", flush=True)
     except BrokenPipeError:                 # who reads our output has gone, e.g. head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # or Python complains at exit
-        raise SystemExit(1) from None
+        os._exit(1)                         # at exit Python would complain
+    except KeyboardInterrupt:
+        fail("interrupted; --resume goes on from the last checkpoint", 130)
     if configs[0].plot:
-        draw(logs, claims[0][0] / "pass1.png")
+        plots = run_path(str(Path(__file__).parent / "results" / "plot.py"))
+        plots["llm"](logs, configs[0].folder / "pass1.png")
 
 
 if __name__ == "__main__":

@@ -130,13 +130,13 @@ class Pretrained(llm_rlvr.Trainer):
             print(line)
         return result
 
-    def run(self, folder, stop=()):
-        records = super().run(folder, stop)
+    def run(self):
+        result = super().run()
         if self.c.export:
             library, tokenizer = read_folder(self.c.init_from)
             library.load_state_dict(merged(self.model))
             export(library, tokenizer, Path(self.c.export))
-        return records
+        return result
 
 
 def main(argv=None):
