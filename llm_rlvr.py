@@ -131,7 +131,7 @@ class Trainer:
         self.generator = torch.Generator(self.device).manual_seed(c.seed)
         self.eval_items = eval_items(self.task, c.eval_set, c.eval_puzzles)
         self.step, self.seconds = 0, 0.0        # updates done; time, warm start included
-        self.records = [{"kind": "config", **asdict(c)}]                        # the log
+        self.records = [{"kind": "config", **asdict(c), "device": self.device.type}]    # the log
 
     def build(self):
         """The vocabulary and a new model. recipes/pretrained.py reads them from a folder."""
@@ -331,13 +331,14 @@ class Trainer:
     def run(self):
         """Warm start or resume, then updates, with a checkpoint and an evaluation every
         --eval-every. Returns the log and the line that sums it up."""
-        c, (path, previous) = self.c, checkpoints(self.c)
-        saved = load(c) if c.resume else None
-        if saved:
-            self.restore(saved)
+        c, folder = self.c, self.c.folder
+        path, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+        files = [file for file in (path, previous) if file.exists()]
+        if c.resume and files:
+            self.restore(load(files[0], self.records[0]))
         else:
-            for old in path, previous:          # a run killed early would resume an older one
-                old.unlink(missing_ok=True)
+            for file in files:                  # a run killed early would resume an older one
+                file.unlink()
             self.warm_start()
         print(f"{c.algo}: {self.params:,} parameters, {self.vocabulary.size} tokens, "
               f"{self.device}; e.g. {self.eval_items[0][0][:200]!r}")
@@ -387,8 +388,7 @@ class Trainer:
 
     def state(self):
         """What a checkpoint holds."""
-        return dict(config=asdict(self.c), device=self.device.type, step=self.step,
-                    seconds=self.seconds, records=self.records,
+        return dict(step=self.step, seconds=self.seconds, records=self.records,
                     rng=self.rng.getstate(), generator=self.generator.get_state(),
                     optimizers=[optimizer.state_dict() for optimizer, _ in self.optimizers],
                     model={name: p.detach() for name, p in self.model.named_parameters()
@@ -850,34 +850,20 @@ def write(path, value, previous=None):
         fail(f"cannot write {path} ({str(error).splitlines()[0]}); what stood there is intact", 1)
 
 
-def checkpoints(c):
-    """The last one, and the one before it."""
-    return c.folder / "checkpoint.pt", c.folder / "checkpoint.previous.pt"
-
-
-def load(c):
-    """The last whole checkpoint that c may continue, None if there is none."""
-    paths = [path for path in checkpoints(c) if path.exists()]
-    for path in paths:
-        try:
-            if part := ZipFile(path).testzip():     # by CRC-32s, which torch.load does not look at
-                raise ValueError(f"{part} has another checksum")
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            before = saved["config"] | {"device": saved["device"]}
-            break
-        except Exception as error:                  # a damaged file raises one of many types
-            print(f"{path} is damaged ({type(error).__name__}: {str(error).splitlines()[0]})")
-    else:
-        if paths:
-            fail(f"--resume: no checkpoint in {c.folder} can be read; leave it out to start anew")
-        return None
-    wanted = asdict(c) | {"device": pick_device(c.device).type}
+def load(path, config):
+    """The checkpoint at path, if it is whole and of a run with this config."""
+    try:
+        if part := ZipFile(path).testzip():         # by CRC-32s, which torch.load does not look at
+            raise ValueError(f"{part} has another checksum")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        before = saved["records"][0]
+    except Exception as error:                      # a damaged file raises one of many types
+        fail(f"--resume: {path} is damaged ({type(error).__name__}: {str(error).splitlines()[0]}): "
+             "delete it to go on from the one before it or, without that, to start anew")
     free = {"resume", "plot", "out", "compile", "micro_tokens", "recompute", "export"}
-    for name in wanted:
-        if name not in free and before.get(name) != wanted[name]:
-            fail(f"{flag_name(name)} {wanted[name]}: {path} needs {before.get(name)} to go on")
-    for damaged in paths[:paths.index(path)]:   # or it would become the one before, when one is due
-        damaged.unlink()
+    for name, value in config.items():
+        if name not in free and before.get(name) != value:
+            fail(f"{flag_name(name)} {value}: {path} needs {before.get(name)} to go on")
     return saved
 
 
