@@ -141,7 +141,7 @@ class Trainer:
 
     def make_optimizers(self):
         """[(optimizer, its share of --lr)]: Muon is for matrices between hidden states."""
-        matrices = [p for p in self.model.model["layers"].parameters() if p.ndim == 2]
+        matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
         rest = [p for p in self.trained if not any(p is matrix for matrix in matrices)]
         return [(Muon(matrices), 1.0), (torch.optim.AdamW(rest, **ADAMW), 0.2)]
 
@@ -614,13 +614,13 @@ class GPT(nn.Module):
         """
         angle = torch.cat((pos[..., None] * self.inv_freq,) * 2, -1)[..., None, :]   # (..., 1, D)
         rope = angle.cos(), angle.sin()
-        x = self.model["embed_tokens"](tokens.clamp(min=0)).float()
-        for i, block in enumerate(self.model["layers"]):
+        x = self.model.embed_tokens(tokens.clamp(min=0)).float()
+        for i, block in enumerate(self.model.layers):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, partial(attend, i), use_reentrant=False)
             else:
                 x = block(x, rope, partial(attend, i))
-        return self.model["norm"](x)
+        return self.model.norm(x)
 
 
 class Muon(torch.optim.Optimizer):
@@ -649,34 +649,28 @@ class Muon(torch.optim.Optimizer):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
+        self.head_dim, linear = c.head_dim, partial(nn.Linear, bias=False)
+        width, kv_width = c.heads * c.head_dim, c.kv_heads * c.head_dim
         self.input_layernorm = nn.RMSNorm(c.width, c.eps)
         self.post_attention_layernorm = nn.RMSNorm(c.width, c.eps)
-        self.self_attn = Attention(c)
-        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(c.width, c.hidden, bias=False),
-                                  "up_proj": nn.Linear(c.width, c.hidden, bias=False),
-                                  "down_proj": nn.Linear(c.hidden, c.width, bias=False)})
+        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(c.width, width, c.qkv_bias),
+                                        "k_proj": nn.Linear(c.width, kv_width, c.qkv_bias),
+                                        "v_proj": nn.Linear(c.width, kv_width, c.qkv_bias),
+                                        "o_proj": linear(width, c.width),
+                                        "q_norm": nn.RMSNorm(c.head_dim, c.eps),     # Qwen3
+                                        "k_norm": nn.RMSNorm(c.head_dim, c.eps)})
+        self.mlp = nn.ModuleDict({"gate_proj": linear(c.width, c.hidden),
+                                  "up_proj": linear(c.width, c.hidden),
+                                  "down_proj": linear(c.hidden, c.width)})
 
     def forward(self, x, rope, attend):
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
-        h, mlp = self.post_attention_layernorm(x), self.mlp
-        return x + mlp["down_proj"](F.silu(mlp["gate_proj"](h)) * mlp["up_proj"](h))
-
-
-class Attention(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
-        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, c.eps) for _ in "qk")     # Qwen3
-
-    def forward(self, x, rope, attend):
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))                  # (..., heads, D)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q.float()), rope), rotate(self.k_norm(k.float()), rope)
-        return self.o_proj(attend(q, k, v).flatten(-2))
+        h, attn, mlp = self.input_layernorm(x), self.self_attn, self.mlp
+        q, k, v = (project(h).unflatten(-1, (-1, self.head_dim))                  # (..., heads, D)
+                   for project in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k = rotate(attn.q_norm(q.float()), rope), rotate(attn.k_norm(k.float()), rope)
+        x = x + attn.o_proj(attend(q, k, v).flatten(-2))
+        h = self.post_attention_layernorm(x)
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
 
 
 def rotate(x, rope):

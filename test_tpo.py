@@ -883,16 +883,16 @@ def test_sampler_and_shared_prompts_give_the_plain_log_probs_and_gradients(famil
     c = llm_rlvr.ModelConfig(20, 32, 2, 4, 2, 8, 48, qkv_bias=family == "Qwen2")
     model = llm_rlvr.GPT(c)
     if family == "Qwen2":
-        for block in model.model["layers"]:
+        for block in model.model.layers:
             block.self_attn.q_norm = block.self_attn.k_norm = torch.nn.Identity()
-        model.model["embed_tokens"].weight = model.lm_head.weight
+        model.model.embed_tokens.weight = model.lm_head.weight
     parameters = tuple(model.parameters())
     for p in parameters:
         p.data += 0.1 * torch.randn_like(p)                   # norms are 1, biases 0 at first
     tokens = torch.randint(18, (3, 5)).where(torch.ones(3, 5).tril(2).flip(1) > 0, -1)
     prompts = [x[x >= 0].tolist() for x in tokens for _ in range(4)]
     ends, generator = torch.tensor([19, 18]), torch.Generator().manual_seed(2)
-    calls = spy(model.model["layers"][0], "forward")
+    calls = spy(model.model.layers[0], "forward")
     y, logp = llm_rlvr.sample(model, tokens, 4, T, ends, generator)
     sizes = [len(inputs[0]) for inputs, _ in calls]
     assert sizes[:2] == [3, 12][:T] and (T == 1 or 12 > sizes[-1])  # rows that ended have left

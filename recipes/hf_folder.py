@@ -66,11 +66,11 @@ def as_gpt(library):
             c.num_key_value_heads, library.model.layers[0].self_attn.head_dim, c.intermediate_size,
             qkv_bias=attention + "q_proj.bias" in weights, eps=c.rms_norm_eps))
         if attention + "q_norm.weight" not in weights:          # only Qwen3 has them
-            for block in model.model["layers"]:
+            for block in model.model.layers:
                 block.self_attn.q_norm = block.self_attn.k_norm = nn.Identity()
     model.load_state_dict(weights, assign=True)
     if c.tie_word_embeddings:
-        model.lm_head.weight = model.model["embed_tokens"].weight
+        model.lm_head.weight = model.model.embed_tokens.weight
     model.inv_freq = library.model.rotary_emb.inv_freq
     return model
 

@@ -86,7 +86,7 @@ def test_weights_are_bit_equal_and_logits_are_the_librarys(family, settings, tmp
     model, weights = pretrained.as_gpt(pretrained.read_folder(folder)[0]), peer.state_dict()
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
-    tied = model.lm_head.weight is model.model["embed_tokens"].weight
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
     assert tied == (family == "Qwen2") and all(p.requires_grad for p in model.parameters())
     for S in (3, 200):                  # on both sides of original_max_position_embeddings
         ids = torch.randint(0, 48, (2, S))
@@ -145,7 +145,7 @@ def test_lora_starts_at_the_model_trains_its_branches_and_merges_in_fp32():
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 2 * 7 and all(name[-7:-1] == "_proj." for name in trained)
     assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
-    up = model.model["layers"][0].mlp.up_proj
+    up = model.model.layers[0].mlp.up_proj
     assert 0.7 < up.A.std() * 32 ** 0.5 < 1.3
     torch.nn.init.normal_(up.B, std=1e-4)                       # too small for bf16's 8 bits
     weights = pretrained.merged(model)
