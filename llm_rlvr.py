@@ -25,9 +25,8 @@ import time
 import zlib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache, partial, reduce
-from itertools import combinations, islice, product, takewhile
-from numbers import Real
+from functools import partial, reduce
+from itertools import combinations, product, takewhile
 from operator import and_
 from pathlib import Path
 from runpy import run_path
@@ -124,9 +123,9 @@ class Trainer:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.params = sum(p.numel() for p in self.model.parameters())
         self.optimizers = self.make_optimizers()
-        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16,
-                                enabled=self.device.type == "cuda")
-        self.token_logp = torch.compile(token_logp) if c.compile else token_logp
+        autocast = torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
+        self.sample = autocast(partial(sample, self.model, T=c.max_new_tokens, ends=self.ends))
+        self.token_logp = autocast(torch.compile(token_logp) if c.compile else token_logp)
         self.rng = random.Random(c.seed)
         self.generator = torch.Generator(self.device).manual_seed(c.seed)
         self.eval_items = eval_items(self.task, c.eval_set, c.eval_puzzles)
@@ -142,7 +141,7 @@ class Trainer:
     def make_optimizers(self):
         """[(optimizer, its share of --lr)]: Muon is for matrices between hidden states."""
         matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
-        rest = [p for p in self.trained if not any(p is matrix for matrix in matrices)]
+        rest = [p for p in self.trained if p not in set(matrices)]
         return [(Muon(matrices), 1.0), (torch.optim.AdamW(rest, **ADAMW), 0.2)]
 
     def update(self):
@@ -154,7 +153,7 @@ class Trainer:
         l_old = rollout.logp_old[rollout.row].sum(-1)                                     # (B, K)
         q = tpo_target(l_old, scores, c.eta, c.anchor)             # Eq. 2, fixed over the epochs
         metrics = diagnose(q, l_old, rollout, scores, self.ends, c.anchor)
-        sampled, taken = time.perf_counter(), 0
+        sampled, norms = time.perf_counter(), []
 
         decay = warmup(self.step) * (1 - self.step / c.steps)
         for optimizer, share in self.optimizers:
@@ -165,20 +164,21 @@ class Trainer:
             if not slope.any():         # at rest, where AdamW would still move by its moments
                 break
             self.backward(rollout, slope)
-            norm, taken = self.optimizer_step(), epoch + 1
-            if epoch == 0:
-                metrics["grad_norm"] = norm
+            norms.append(self.optimizer_step())
 
+        trained = time.perf_counter()
+        metrics["grad_norm"] = norms[0] if norms else 0
         metrics = {name: round(float(x), 5) for name, x in metrics.items()}
         tokens = metrics["tokens"] * scores.numel()                # of completions
         return metrics | dict(sample_tok_s=round(tokens / (sampled - start)),
-                              train_tok_s=round(tokens * taken / (time.perf_counter() - sampled)))
+                              train_tok_s=round(tokens * len(norms) / (trained - sampled)))
 
     def rollout(self, items):
         """Sample K completions to each puzzle."""
         c, B, K = self.c, len(items), self.c.candidates
         prompts = self.encode_prompts(items)
-        y, logp = (x.flatten(0, 1) for x in self.sample(prompts, K, self.generator))   # (B * K, T)
+        y, logp = self.sample(prompts, K, generator=self.generator)                    # (B, K, T)
+        y, logp = y.flatten(0, 1), logp.flatten(0, 1)                                  # (B * K, T)
         prompt_of = torch.arange(B, device=self.device).repeat_interleave(K)
         length = (y >= 0).sum(-1)
         key = torch.column_stack((prompt_of, -length, y))          # by prompt, the longest first
@@ -196,11 +196,6 @@ class Trainer:
             rollout = rollout._replace(logp_old=self.policy(rollout, 1))
         return rollout
 
-    def sample(self, prompts, K, generator, greedy=False):
-        with self.autocast():
-            return sample(self.model, prompts, K, self.c.max_new_tokens, self.ends, generator,
-                          greedy)
-
     def score(self, items, y):
         """Scores (B, K), on the CPU. A completion cut off before its end token scores 0."""
         def one(key, ids):
@@ -209,15 +204,15 @@ class Trainer:
                 return 0.0
             try:
                 score = self.task.check(key, text)
+                if math.isfinite(score):
+                    return float(score)
             except Exception as error:          # a user's code
-                score = f"{type(error).__name__}: {error}"
-            if not (isinstance(score, Real) and math.isfinite(score)):
-                fail(f"--task {self.c.task}: its check of {text!r} with the key {key!r} gave "
-                     f"{score!r}; allowed are finite numbers", 1)
-            return score
+                score = error
+            fail(f"--task {self.c.task}: its check of {text!r} with the key {key!r} gave "
+                 f"{score!r}; allowed are finite numbers", 1)
 
         return torch.tensor([[one(key, ids) for ids in candidates]
-                             for (_, key), candidates in zip(items, y.tolist())]).float()
+                             for (_, key), candidates in zip(items, y.tolist())])
 
     @torch.no_grad()
     def policy(self, rollout, epoch):
@@ -271,8 +266,7 @@ class Trainer:
         y, T = rollout.y[rows], rollout.y.shape[1]
         longest = int((y >= 0).sum(-1).max())
         used, prompt_of = rollout.prompt_of[rows].unique(return_inverse=True)
-        with self.autocast():
-            logp = self.token_logp(self.model, rollout.prompts[used], y[:, :longest], prompt_of)
+        logp = self.token_logp(self.model, rollout.prompts[used], y[:, :longest], prompt_of)
         return F.pad(logp, (0, T - longest))
 
     def read(self, ids):
@@ -284,8 +278,6 @@ class Trainer:
     def encode_prompts(self, items):
         """Prompts (B, P), padded with -1 on the left: completions start in one column."""
         rows = [torch.tensor(self.vocabulary.encode(text), dtype=torch.long) for text, _ in items]
-        if not all(map(len, rows)):
-            fail(f"--task {self.c.task}: a prompt is empty")
         return pad_sequence(rows, True, padding_value=-1, padding_side="left").to(self.device)
 
     def evaluate(self):
@@ -293,47 +285,45 @@ class Trainer:
 
         With it what the model writes: two samples of one puzzle, the same one every time.
         """
-        c, items, result = self.c, self.eval_items, {}
-        n = max(1, c.prompts * c.candidates // 4)               # as many rows at once as in update
-        for name, K, greedy in (("greedy", 1, True), ("pass1", 4, False)):
-            generator, right = torch.Generator(self.device).manual_seed(0), []
-            for i in range(0, len(items), n):
-                y, _ = self.sample(self.encode_prompts(items[i:i + n]), K, generator, greedy)
-                scores = self.score(items[i:i + n], y)                                    # (n, K)
-                right.append((scores == 1).float())
-            right = torch.cat(right)
-            result[name] = right.mean().item()
-        result["pass4"] = right.amax(-1).mean().item()      # any of a puzzle's four
-        completions = [self.read(ids)[0] for ids in y[0, :2].tolist()]          # of puzzle i
-        return result | dict(example=dict(prompt=items[i][0], completions=completions,
-                                          scores=scores[0, :2].tolist()))
+        items, generator = self.eval_items, torch.Generator(self.device).manual_seed(0)
+        n, y = max(1, self.c.prompts * self.c.candidates // 4), []      # as many rows as in update
+        for i in range(0, len(items), n):
+            prompts = self.encode_prompts(items[i:i + n])
+            greedy, _ = self.sample(prompts, 1, generator=None)
+            four, _ = self.sample(prompts, 4, generator=generator)
+            y.append(torch.cat((greedy, four), 1))                                     # (n, 5, T)
+        y = torch.cat(y)
+        scores = self.score(items, y)
+        greedy, four = (scores == 1).float().split((1, 4), 1)
+        completions = [self.read(ids)[0] for ids in y[i, 1:3].tolist()]
+        return dict(greedy=greedy.mean().item(), pass1=four.mean().item(),
+                    pass4=four.amax(-1).mean().item(),              # any of a puzzle's four
+                    example=dict(prompt=items[i][0], completions=completions,
+                                 scores=scores[i, 1:3].tolist()))
 
     def warm_start(self):
         """Supervised steps on random answers: they teach the form, nothing of the solution."""
-        start, end = time.monotonic(), self.vocabulary.ends[0]
         rng = random.Random(f"warm {self.c.seed}")
+        encode, end = self.vocabulary.encode, self.vocabulary.ends[0]
         optimizer = torch.optim.AdamW(self.trained, 2e-3, **ADAMW)
         for step in range(self.c.warm_steps):
             items = puzzles(self.task, rng, 64, "train")
-            guesses = [self.vocabulary.encode(self.task.guess(rng, key)) for _, key in items]
-            guesses = [torch.tensor([*guess, end]) for guess in guesses]
-            y = pad_sequence(guesses, True, padding_value=-1).to(self.device)            # (64, T)
+            y = [torch.tensor([*encode(self.task.guess(rng, key)), end]) for _, key in items]
+            y = pad_sequence(y, True, padding_value=-1).to(self.device)                  # (64, T)
+            prompt_of = torch.arange(len(y), device=self.device)
+            logp = self.token_logp(self.model, self.encode_prompts(items), y, prompt_of)
             optimizer.param_groups[0]["lr"] = 2e-3 * warmup(step)
-            with self.autocast():
-                logp = token_logp(self.model, self.encode_prompts(items), y,
-                                  torch.arange(len(y), device=self.device))
             loss = -logp[y >= 0].mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        self.seconds = time.monotonic() - start
 
     def run(self):
         """Warm start or resume, then updates, with a checkpoint and an evaluation every
         --eval-every. Returns the log and the line that sums it up."""
         c, folder = self.c, self.c.folder
         path, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
-        files = [file for file in (path, previous) if file.exists()]
+        files, start = [file for file in (path, previous) if file.exists()], time.monotonic()
         if c.resume and files:
             self.restore(load(files[0], self.records[0]))
         else:
@@ -342,10 +332,10 @@ class Trainer:
             self.warm_start()
         print(f"{c.algo}: {self.params:,} parameters, {self.vocabulary.size} tokens, "
               f"{self.device}; e.g. {self.eval_items[0][0][:200]!r}")
-        start = time.monotonic() - self.seconds
+        start -= self.seconds                   # of the run that goes on
         while True:
-            self.seconds = time.monotonic() - start
             if self.step % c.eval_every == 0 or self.step == c.steps:
+                self.seconds = time.monotonic() - start
                 # before the evaluation: a run killed in it repeats the evaluation, no update
                 write(path, self.state(), previous)
                 self.record_evaluation()
@@ -357,30 +347,27 @@ class Trainer:
 
     def record_evaluation(self):
         recent = list(takewhile(lambda r: r["kind"] == "update", reversed(self.records)))
-        names = [name for name in recent[0] if name not in ("kind", "step")] if recent else []
+        names = list(recent[0])[2:] if recent else []               # without kind and step
         means = {name: round(mean(r[name] for r in recent), 5) for name in names}
         self.log(kind="eval", step=self.step, seconds=round(self.seconds, 2), **self.evaluate(),
                  **means)
         print(progress(self.records[-1], self.c.steps), flush=True)
 
     def record_result(self, seconds):
-        c, evaluations = self.c, [r for r in self.records if r["kind"] == "eval"]
-        first, last = evaluations[0], evaluations[-1]
+        c, (first, *_, last) = self.c, (r for r in self.records if r["kind"] == "eval")
         self.log(kind="result", task=c.task, algo=c.algo, seed=c.seed, params=self.params,
                  steps=c.steps, pass1_before=first["pass1"], pass1_after=last["pass1"],
                  greedy_after=last["greedy"], seconds=round(seconds, 2),
                  sample_tok_s=last["sample_tok_s"], train_tok_s=last["train_tok_s"],
                  peak_mb=round(torch.cuda.max_memory_allocated(self.device.index) / 2**20))
-        print(last["example"]["prompt"])
-        for text, score in zip(last["example"]["completions"], last["example"]["scores"]):
+        example = last["example"]
+        print(example["prompt"])
+        for text, score in zip(example["completions"], example["scores"]):
             print(f"    {score:g}  {text}")
         name = f"tpo (alpha {c.anchor:g})" if c.algo == "tpo" else c.algo
-        summary = (
-            f"{name} took {c.task} from {first['pass1']:.1%} to {last['pass1']:.1%} "
-            f"pass@1 (greedy {last['greedy']:.1%}) on {len(self.eval_items)} {c.eval_set} "
-            f"puzzles in {c.steps} updates and {seconds:.0f} s, warm start included")
-        print(summary, flush=True)
-        return summary
+        return (f"{name} took {c.task} from {first['pass1']:.1%} to {last['pass1']:.1%} pass@1 "
+                f"(greedy {last['greedy']:.1%}) on {len(self.eval_items)} {c.eval_set} puzzles in "
+                f"{c.steps} updates and {seconds:.0f} s, warm start included")
 
     def log(self, **record):
         self.records.append(record)
@@ -404,9 +391,7 @@ class Trainer:
 
     @staticmethod
     def find_task(c):
-        if c.task not in TASKS:
-            fail(f"--task {c.task}: allowed are {', '.join(TASKS)}")
-        return TASKS[c.task]
+        return TASKS.get(c.task) or fail(f"--task {c.task}: allowed are {', '.join(TASKS)}")
 
 
 def informative(scores):
@@ -433,8 +418,7 @@ def diagnose(q, l_old, rollout, scores, ends, alpha):
                 entropy=-logp.sum() / length.sum(), tokens=length.float().mean(),
                 unfinished=1 - ended.float().mean(), anchor_max=anchor.amax(-1).mean(),
                 anchor_size=(1 / anchor.square().sum(-1)).mean(), anchor_shift=shift.mean(),
-                anchor_dead=(shift < 1e-3).float().mean(), drift=drift.mean(),
-                grad_norm=scores.new_zeros(()))
+                anchor_dead=(shift < 1e-3).float().mean(), drift=drift.mean())
 
 
 # --------------------------------------------------- one prompt, K completions: sample and log-prob
@@ -446,7 +430,7 @@ class Cache:
     def __init__(self, prompts, K, T):
         self.K, self.T, self.used = K, T, prompts.shape[1]      # used: slots filled so far
         self.layers, self.causal = [], causal(prompts)[0]
-        self.visible = F.pad(prompts >= 0, (0, T - 1), value=True).repeat_interleave(K, 0)
+        self.hidden = F.pad(prompts < 0, (0, T - 1)).repeat_interleave(K, 0)
 
     def prompts(self, i, q, k, v):
         """Of all prompts, (B, P, heads, D): each is computed once and copied to its K rows."""
@@ -462,7 +446,7 @@ class Cache:
         keys, values = (x[:, :, :self.used + 1] for x in (keys, values))    # (N, kv_heads, S, D)
         N, kv_heads, _, D = keys.shape
         weight = (q.view(N, kv_heads, -1, D) * D ** -0.5) @ keys.mT         # (N, kv_heads, G, S)
-        hidden = ~self.visible[:, None, None, :self.used + 1]
+        hidden = self.hidden[:, None, None, :self.used + 1]
         weight = weight.masked_fill(hidden, -torch.inf).softmax(-1)
         return (weight.to(values) @ values).view(q.shape)
 
@@ -470,14 +454,15 @@ class Cache:
         """Only these rows go on. Layer by layer: old and new of all would not fit."""
         for i in range(len(self.layers)):
             self.layers[i] = self.layers[i][:, rows]
-        self.visible = self.visible[rows]
+        self.hidden = self.hidden[rows]
 
 
 @torch.no_grad()
-def sample(model, prompts, K, T, ends, generator, greedy=False):
+def sample(model, prompts, K, T, ends, generator):
     """K completions y (B, K, T) of each prompt, -1 behind their ends, and fp32 log-probs, 0 there.
 
     Temperature 1 without top-k or top-p: any other sampler is not the policy that is trained.
+    Without a generator it is greedy.
     """
     device, N = prompts.device, len(prompts) * K
     kv, pos = Cache(prompts, K, T), causal(prompts)[1]
@@ -485,16 +470,16 @@ def sample(model, prompts, K, T, ends, generator, greedy=False):
     pos = pos[:, -1:].repeat_interleave(K, 0)                                         # (N, 1)
     y, logps = torch.full((N, T), ends[0], device=device), torch.zeros(N, T, device=device)
     rows = torch.arange(N, device=device)                       # those that still go on
-    if not greedy:
+    if generator:
         uniform = torch.rand(N, T, generator=generator, device=device)
     for t in range(T):
         logp = model.lm_head(h[:, 0]).float().log_softmax(-1)                         # (rows, V)
-        if greedy:
-            token = logp.argmax(-1, keepdim=True)                                     # (rows, 1)
-        else:           # by the inverse of the cdf: one random number a row, not V
+        if generator:           # by the inverse of the cdf: one random number a row, not V
             cdf = logp.exp().cumsum(-1)
             token = torch.searchsorted(cdf, uniform[rows, t, None] * cdf[:, -1:], right=True)
-            token = token.clamp(max=cdf.shape[1] - 1)
+            token = token.clamp(max=cdf.shape[1] - 1)                                 # (rows, 1)
+        else:
+            token = logp.argmax(-1, keepdim=True)
         y[rows, t], logps[rows, t] = token[:, 0], logp.gather(-1, token)[:, 0]
         if t == T - 1:
             break
@@ -773,14 +758,16 @@ def hash_split(text):
 def puzzles(task, rng, n, split):
     """n (text, key) pairs of a split: train, heldout or test."""
     split_of = getattr(task, "split", hash_split)
-    drawn = (task.prompt(rng) for _ in range(1000 * n))
-    found = list(islice((p for p in drawn if split_of(p[0]) == split), n))
-    if len(found) < n:
-        fail(f"--task: {len(found)} of {1000 * n} drawn puzzles are in the split {split}: too few")
-    return found
+    found = []
+    for _ in range(1000 * n):
+        puzzle = task.prompt(rng)
+        if split_of(puzzle[0]) == split:
+            found.append(puzzle)
+        if len(found) == n:
+            return found
+    fail(f"--task: {len(found)} of {1000 * n} drawn puzzles are in the split {split}: too few")
 
 
-@cache
 def eval_items(task, split, n):
     """The puzzles of an evaluation, all different and the same for every seed."""
     rng, found = random.Random(split), {}
@@ -841,7 +828,7 @@ def write(path, value, previous=None):
     except (OSError, RuntimeError) as error:        # torch.save: RuntimeError if the disk is full
         with suppress(OSError):
             temporary.unlink()
-        fail(f"cannot write {path} ({str(error).splitlines()[0]}); what stood there is intact", 1)
+        fail(f"cannot write {path} ({error!r:.99}); what stood there is intact", 1)
 
 
 def load(path, config):
@@ -852,8 +839,8 @@ def load(path, config):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         before = saved["records"][0]
     except Exception as error:                      # a damaged file raises one of many types
-        fail(f"--resume: {path} is damaged ({type(error).__name__}: {str(error).splitlines()[0]}): "
-             "delete it to go on from the one before it or, without that, to start anew")
+        fail(f"--resume: {path} is damaged ({error!r:.99}): delete it to go on "
+             "from the one before it or, without that, to start anew")
     free = {"resume", "plot", "out", "compile", "micro_tokens", "recompute", "export"}
     for name, value in config.items():
         if name not in free and before.get(name) != value:
@@ -882,9 +869,9 @@ def pick_device(name):
     try:
         torch.zeros(1, device=name).item()                      # meta has no items
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"--device {name}: {str(error).splitlines()[0]}; allowed are auto, cpu, and if "
-             "present cuda, cuda:N and mps")
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name}: {error!r:.99}; allowed are auto, cpu, and if present "
+             "cuda, cuda:N and mps")
 
 
 # ------------------------------------------------------------------------------- flags and output
@@ -897,23 +884,19 @@ def parse(argv, trainer):
     parser = argparse.ArgumentParser(description=trainer.__doc__, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.error = fail
-    flags = [f for f in fields(trainer.Config) if f.metadata]
-    for f in flags:
-        kind = {"type": f.type, "metavar": f.type.__name__}
-        if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flag_name(f.name), help=f"{f.metadata['help']} [{f.default}]", **kind)
+    flags = {flag_name(f.name): f for f in fields(trainer.Config) if f.metadata}
+    for name, f in flags.items():
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        parser.add_argument(name, help=f"{f.metadata['help']} [{f.default}]", **kind)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        names = " ".join(flag_name(f.name) for f in flags)
-        fail(f"{unknown[0]} is not a flag; the flags are {names}")
+        fail(f"{unknown[0]} is not a flag; the flags are {' '.join(flags)}")
     given = vars(given)                                         # only those on the command line
     task = trainer.find_task(trainer.Config(**given))
-    algos = given.pop("algo", trainer.Config.algo).split(",")
     configs = []
-    for algo in algos:
-        if algo not in METHODS or algos.count(algo) > 1:
-            fail(f"--algo {algo}: allowed are {', '.join(METHODS)}, each once")
+    for algo in dict.fromkeys(given.pop("algo", trainer.Config.algo).split(",")):
+        if algo not in METHODS:
+            fail(f"--algo {algo}: allowed are {', '.join(METHODS)}")
         defaults = trainer.tuned.get(algo, {}) | task.defaults
         configs.append(trainer.Config(**defaults | given, algo=algo))
         validate(configs[-1])
@@ -935,17 +918,16 @@ def validate(c):
     if c.width % (2 * c.heads) or c.heads % c.kv_heads:
         fail(f"--width {c.width}: allowed are multiples of 2 x --heads {c.heads}, those of "
              f"--kv-heads {c.kv_heads}")
-    pick_device(c.device)
 
 
 def progress(r, steps):
     left = r["seconds"] / max(r["step"], 1) * (steps - r["step"])
     step = f"{r['step']:{len(str(steps))}}/{steps}"
     text = f"{step} pass@1 {r['pass1']:.3f} greedy {r['greedy']:.3f}"
-    if "reward" not in r:
-        return f"{text} (before the first update)"
-    return (f"{text} reward {r['reward']:.2f} KL(q||p) {r['kl']:.2f} informative "
-            f"{r['informative']:.0%} {r['train_tok_s']:.0f} tok/s {left:.0f} s left")
+    if "reward" in r:                           # not before the first update
+        text += (f" reward {r['reward']:.2f} KL(q||p) {r['kl']:.2f} informative "
+                 f"{r['informative']:.0%} {r['train_tok_s']:.0f} tok/s {left:.0f} s left")
+    return text
 
 
 def main(argv=None, trainer=Trainer):
@@ -953,16 +935,14 @@ def main(argv=None, trainer=Trainer):
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     with suppress(AttributeError):                      # a notebook's has other methods
         sys.stdout.reconfigure(errors="backslashreplace")       # e.g. of a prompt, if it is ASCII
-    configs = parse(sys.argv[1:] if argv is None else argv, trainer)
-    logs, summaries = [], []
+    configs, logs, summaries = parse(argv, trainer), [], []
     try:
         for c in configs:
             with claim(c):
                 log, summary = trainer(c).run()
             logs += log
             summaries.append(summary)
-        if len(configs) > 1:
-            print(*summaries, sep="\n", flush=True)
+        print(*summaries, sep="\n", flush=True)
     except BrokenPipeError:                 # who reads our output has gone, e.g. head
         os._exit(1)                         # at exit Python would complain
     except KeyboardInterrupt:

@@ -62,18 +62,14 @@ def cudnn():
 def log_probs():
     t = llm_rlvr.Trainer(llm_rlvr.Config(device="cuda"))
     prompts = t.encode_prompts(t.eval_items[:32])
-    with t.autocast():
-        y, sampled = llm_rlvr.sample(t.model, prompts, 16, 7, t.ends, t.generator)
+    y, sampled = t.sample(prompts, 16, generator=t.generator)
     prompt_of = torch.arange(32, device="cuda").repeat_interleave(16)
 
-    def trained():
-        logp = llm_rlvr.token_logp(t.model, prompts, y.flatten(0, 1), prompt_of)
-        return logp.view(y.shape)
+    def trained(token_logp):
+        return token_logp(t.model, prompts, y.flatten(0, 1), prompt_of).view(y.shape)
 
     with torch.no_grad():
-        exact = trained()
-        with t.autocast():
-            half = trained()
+        exact, half = trained(llm_rlvr.token_logp), trained(t.token_logp)
     show("log-probs", bf16_sampler_minus_trainer=(sampled - half).abs().max().item(),
          bf16_minus_fp32=(half - exact).abs().max().item())
 
