@@ -113,8 +113,7 @@ class Trainer:
     def __init__(self, c):
         self.c, self.task, self.device = c, self.find_task(c), pick_device(c.device)
         self.method = METHODS[c.algo]           # its loss, per, rests, ...: see baselines.Method
-        self.loss = self.method.bind(eta=c.eta, anchor=c.anchor, clip=c.clip, beta=c.beta,
-                                     length=c.max_new_tokens)
+        self.loss = self.method.bind(**asdict(c), length=c.max_new_tokens)
         torch.manual_seed(c.seed)
         torch.backends.cuda.enable_cudnn_sdp(False)     # it plans anew for each shape it meets
         self.vocabulary, self.model = self.build()
@@ -166,9 +165,9 @@ class Trainer:
             self.backward(rollout, slope)
             norms.append(self.optimizer_step())
 
-        trained = time.perf_counter()
         metrics["grad_norm"] = norms[0] if norms else 0
-        metrics = {name: round(float(x), 5) for name, x in metrics.items()}
+        metrics = {name: round(float(x), 5) for name, x in metrics.items()}     # waits for a GPU
+        trained = time.perf_counter()
         tokens = metrics["tokens"] * scores.numel()                # of completions
         return metrics | dict(sample_tok_s=round(tokens / (sampled - start)),
                               train_tok_s=round(tokens * len(norms) / (trained - sampled)))
@@ -705,28 +704,25 @@ class KnightsKnaves:
 class GraphColor:
     """Give six nodes three colors, so that no edge joins equal colors; any such is right."""
     nodes, colors = "ABCDEF", ("red", "green", "blue")
-    edges = ["-".join(pair) for pair in combinations(nodes, 2)]
     defaults = {}
 
-    def __init__(self):         # edge -> the colorings that it allows, a bit each
-        colorings = list(product(self.colors, repeat=6))
-        self.allowed = {edge: sum(self.proper([edge], c) << i for i, c in enumerate(colorings))
-                        for edge in self.edges}
+    def __init__(self):                         # coloring -> its bit; edge -> those it allows
+        colorings, self.allowed = product(self.colors, repeat=6), {}
+        self.bit = {coloring: 1 << i for i, coloring in enumerate(colorings)}
+        for (i, a), (j, b) in combinations(enumerate(self.nodes), 2):
+            self.allowed[f"{a}-{b}"] = sum(bit for c, bit in self.bit.items() if c[i] != c[j])
+
+    def right(self, edges):
+        return reduce(and_, (self.allowed[edge] for edge in edges))
 
     def prompt(self, rng):
         while True:
-            edges = sorted(rng.sample(self.edges, rng.randint(4, 8)))
-            if reduce(and_, (self.allowed[edge] for edge in edges)):    # one that all allow
-                return "Color" + "".join(" " + e for e in edges) + ":", edges
-
-    def proper(self, edges, colors):
-        color = dict(zip(self.nodes, colors))
-        return all(color[e[0]] != color[e[2]] for e in edges)
+            edges = sorted(rng.sample(list(self.allowed), rng.randint(4, 8)))
+            if self.right(edges):
+                return "Color" + "".join(" " + edge for edge in edges) + ":", edges
 
     def check(self, key, answer):
-        colors = answer.split()
-        fits = len(colors) == 6 and set(colors) <= set(self.colors)
-        return float(fits and self.proper(key, colors))
+        return float(self.bit.get(tuple(answer.split()), 0) & self.right(key) > 0)
 
     def guess(self, rng, key):
         return "".join(" " + rng.choice(self.colors) for _ in self.nodes)
@@ -769,13 +765,12 @@ def puzzles(task, rng, n, split):
 
 
 def eval_items(task, split, n):
-    """The puzzles of an evaluation, all different and the same for every seed."""
+    """The puzzles of an evaluation, all different and the same for every seed; fewer than n if the
+    split has fewer."""
     rng, found = random.Random(split), {}
     for _ in range(20 * n + 1000):              # enough to meet all n of a task that has n
         if len(found) < n:
             found.update(puzzles(task, rng, 1, split))
-    if len(found) < n:
-        print(f"--eval-puzzles {n}: the split {split} has {len(found)}, all are used")
     return list(found.items())
 
 

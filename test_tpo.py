@@ -1089,9 +1089,8 @@ def test_split_shares_and_what_happens_when_a_split_is_small(capsys):
             return str(rng.randrange(300)), None
 
     n = sum(llm_rlvr.hash_split(str(i)) == "test" for i in range(300))
-    for wanted, said in (n, ""), (n + 1, f"--eval-puzzles {n + 1}: the split test has {n}, all"):
+    for wanted in n, n + 1:
         assert len(dict(llm_rlvr.eval_items(Numbers(), "test", wanted))) == n
-        assert capsys.readouterr().out[:len(said) or 1] == said
     Numbers.split = lambda self, text: "train"
     one_line(capsys, "--task: 0 5000 test few", llm_rlvr.puzzles, Numbers(), random, 5, "test")
     one_line(capsys, "--task: '?' '1?' 2,000", tiny("--task addition").vocabulary.encode, "1?")
