@@ -167,8 +167,7 @@ class Trainer:
 
         metrics["grad_norm"] = norms[0] if norms else 0
         metrics = {name: round(float(x), 5) for name, x in metrics.items()}     # waits for a GPU
-        trained = time.perf_counter()
-        tokens = metrics["tokens"] * scores.numel()                # of completions
+        tokens, trained = metrics["tokens"] * scores.numel(), time.perf_counter()
         return metrics | dict(sample_tok_s=round(tokens / (sampled - start)),
                               train_tok_s=round(tokens * len(norms) / (trained - sampled)))
 
@@ -600,10 +599,11 @@ class GPT(nn.Module):
         rope = angle.cos(), angle.sin()
         x = self.model.embed_tokens(tokens.clamp(min=0)).float()
         for i, block in enumerate(self.model.layers):
+            inputs = x, rope, partial(attend, i)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, partial(attend, i), use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, rope, partial(attend, i))
+                x = block(*inputs)
         return self.model.norm(x)
 
 
@@ -784,8 +784,8 @@ class Vocabulary:
     def __init__(self, task):
         rng, pieces = random.Random(0), set()
         for text, key in (task.prompt(rng) for _ in range(2000)):
-            pieces.update(re.findall(self.piece, text))
-            pieces.update(re.findall(self.piece, task.guess(rng, key)))
+            pieces.update(re.findall(self.piece, text),
+                          re.findall(self.piece, task.guess(rng, key)))
         ranks = {piece.encode(): i for i, piece in enumerate(sorted(pieces))}
         self.encoding = tiktoken.Encoding("task", pat_str=self.piece, mergeable_ranks=ranks,
                                           special_tokens={"<|end|>": len(ranks)})
