@@ -276,6 +276,8 @@ class Trainer:
     def encode_prompts(self, items):
         """Prompts (B, P), padded with -1 on the left: completions start in one column."""
         rows = [torch.tensor(self.vocabulary.encode(text), dtype=torch.long) for text, _ in items]
+        if not all(map(len, rows)):
+            fail(f"--task {self.c.task}: a prompt is empty")
         return pad_sequence(rows, True, padding_value=-1, padding_side="left").to(self.device)
 
     def evaluate(self):
@@ -765,12 +767,13 @@ def puzzles(task, rng, n, split):
 
 
 def eval_items(task, split, n):
-    """The puzzles of an evaluation, all different and the same for every seed; fewer than n if the
-    split has fewer."""
+    """The puzzles of an evaluation, all different and the same for every seed."""
     rng, found = random.Random(split), {}
     for _ in range(20 * n + 1000):              # enough to meet all n of a task that has n
         if len(found) < n:
             found.update(puzzles(task, rng, 1, split))
+    if len(found) < n:
+        print(f"--eval-puzzles {n}: the split {split} has {len(found)}, all are used")
     return list(found.items())
 
 
@@ -847,13 +850,16 @@ def claim(c):
     """Make the run's folder and lock it. The lock ends with the process, however that ends."""
     try:
         c.folder.mkdir(parents=True, exist_ok=True)
-        lock = open(c.folder / "lock", "wb")
+        lock = open(c.folder / "lock", "a+", encoding="utf-8")
         with suppress(ImportError):                                     # Windows has none
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        print(os.getpid(), end="", file=lock, flush=True)
         return lock
     except BlockingIOError:
-        fail(f"--out {c.out}: another process is writing {c.folder}")
+        lock.seek(0)
+        fail(f"--out {c.out}: process {lock.read()} is writing {c.folder}")
     except OSError as error:
         fail(f"--out {c.out}: {c.folder} cannot be written ({error.strerror})")
 
@@ -935,9 +941,11 @@ def main(argv=None, trainer=Trainer):
         for c in configs:
             with claim(c):
                 log, summary = trainer(c).run()
+            print(summary, flush=True)
             logs += log
             summaries.append(summary)
-        print(*summaries, sep="\n", flush=True)
+        if len(configs) > 1:
+            print(*summaries, sep="\n", flush=True)
     except BrokenPipeError:                 # who reads our output has gone, e.g. head
         os._exit(1)                         # at exit Python would complain
     except KeyboardInterrupt:
