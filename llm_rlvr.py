@@ -55,7 +55,7 @@ def flag(default, help, low=None, high=math.inf):
 class Config:
     algo: str = flag("tpo", ", ".join(METHODS) + ", or a comma list")
     task: str = flag("graph_color", "graph_color, knights_knaves or addition")
-    steps: int = flag(700, "updates, each with rollouts of its own", 1)
+    steps: int = flag(900, "updates, each with rollouts of its own", 1)
     prompts: int = flag(32, "prompts per update, B", 1)
     candidates: int = flag(16, "completions per prompt, K", 1)
     epochs: int = flag(2, "gradient steps on each batch of rollouts", 1)
@@ -70,7 +70,7 @@ class Config:
     eval_puzzles: int = flag(256, "how many of them, all different", 1)
     max_new_tokens: int = flag(7, "longest completion, its end token included, T", 1)
     warm_steps: int = flag(100, "supervised steps on random answers of the right form", 0)
-    layers: int = flag(3, "transformer blocks", 1)
+    layers: int = flag(2, "transformer blocks", 1)
     width: int = flag(64, "embedding width, a multiple of 2 x heads", 1)
     heads: int = flag(4, "query heads", 1)
     kv_heads: int = flag(2, "key/value heads, a divisor of heads", 1)
