@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from runpy import run_path
 from statistics import mean
 from types import SimpleNamespace
 
@@ -1146,7 +1147,15 @@ def test_puzzles_have_the_solutions_that_they_should():
     assert all(str(eval(text[:-1])) == key for text, key in sums)
 
 
-def test_settings_are_defaults_then_the_tasks_then_tuned_ones_then_flags():
+def test_tuned_settings_are_the_best_that_were_recorded():
+    study = run_path(str(ROOT / "results" / "llm" / "compare.py"))
+    for entry in study["ENTRIES"]:
+        if entry.keys() == {"algo"}:
+            [setting], [c] = study["best"](entry, study["TUNING"]), parse("--algo " + entry["algo"])
+            assert {name: getattr(c, name) for name in setting} == setting
+
+
+def test_settings_are_defaults_then_tuned_ones_then_the_tasks_then_flags():
     for c in parse("--algo " + ",".join(METHODS)):
         assert c == llm_rlvr.Config(algo=c.algo, **llm_rlvr.TUNED.get(c.algo, {}))
     for c in parse("--algo tpo,ppo,pg,rloo --lr 0.5 --epochs 2 --task addition --recompute"):
@@ -1349,7 +1358,7 @@ def test_slow_small_run_learns(tmp_path):
 def test_cuda_in_bf16_is_near_fp32_on_a_cpu():
     gpu, cpu = (tiny(f"--device {device} --width 64 --epochs 2") for device in ("cuda", "cpu"))
     rollout = llm_rlvr.Rollout(*(x.cpu() for x in gpu.rollout(training_puzzles(gpu, 6))))
-    close(rollout.logp_old, cpu.policy(rollout)[0], atol=0.1, rtol=0)
+    close(rollout.logp_old, cpu.policy(rollout, 1), atol=0.1, rtol=0)
     gpu.score = lambda *_: torch.eye(6, 4)
     assert gpu.update()["grad_norm"] > 0
 

@@ -12,10 +12,13 @@ except ImportError:
     raise SystemExit("plots need matplotlib: pip install matplotlib")
 
 HERE = Path(__file__).parent
-LOGS = ("bandit/*", "seqtask/*", "llm/tpo", "llm/default", "llm/compare",
+LOGS = ("bandit/*", "seqtask/*", "llm/tpo", "llm/compare", "llm/knights_knaves",
         "llm/lag", "long/learn", "long/smol")
 LOOKS = {                                                               # name and color of a curve
     "tpo": ("TPO", "#d62728"), "tpo_token": ("TPO", "#d62728"),
+    "tpo anchor 0.1": ("TPO α=.1", "#9467bd"), "tpo anchor 0.25": ("TPO α=.25", "#d62728"),
+    "tpo anchor 0.5": ("TPO α=.5", "#d62728"), "tpo anchor 1": ("TPO α=1", "#d62728"),
+    "tpo scale 1": ("TPO, scale-free α", "#d62728"),
     "tpo:anchor=1": ("TPO α=1", "#d62728"), "tpo:anchor=0.25": ("TPO α=.25", "#e377c2"),
     "tpo:anchor=0.05": ("TPO α=.05", "#9467bd"), "tpo:anchor=0": ("TPO α=0", "#17becf"),
     "tpo:anchor=1:length_normalize": ("TPO, token means", "#7f7f7f"),
@@ -25,7 +28,7 @@ LOOKS = {                                                               # name a
     "dg": ("DG", "#2ca02c"), "dg:lr=1e-3:epochs=2": ("DG, 2 epochs", "#98df8a"),
     "pg": ("PG", "#1f77b4"), "group_pg": ("Group PG", "#9467bd"),
     "ce": ("CE", "#7f7f7f"), "ppo": ("PPO", "#8c564b"),
-    "rloo": ("RLOO", "#1f77b4"), "maxrl": ("MaxRL", "#d62728"), "rebel": ("REBEL", "#2ca02c"),
+    "rloo": ("RLOO", "#1f77b4"), "maxrl": ("MaxRL", "#111111"), "rebel": ("REBEL", "#2ca02c"),
     "lpo": ("LPO", "#e377c2"), "vcpo": ("VCPO", "#1f77b4"), "ddpg": ("DDPG", "#2ca02c"),
     "oapl": ("OAPL", "#9467bd"), "dr_grpo": ("Dr. GRPO", "#ff7f0e"), "dapo": ("DAPO", "#8c564b"),
     "gspo": ("GSPO", "#e377c2"), "cispo": ("CISPO", "#bcbd22"), "kondo": ("Kondo", "#17becf")}
@@ -81,8 +84,41 @@ def llm(records, path):
     save(figure, path)
 
 
+def scoreboard(runs, path):
+    """The runs of llm/compare.py: all losses' ends, curves of some, pass@1 against alpha."""
+    found, shown = {}, ["tpo anchor 0.25", "lpo", "maxrl", "rloo", "ppo", "grpo", "dg"]
+    for r in runs:
+        f = r["flags"]
+        name = r["algo"] + "".join(f" {key} {f[key]:g}" for key in ("anchor", "scale") if key in f)
+        found.setdefault(name, []).append(r["curve"])
+    ends = {name: mean_and_se([100 * c[-1]["pass1"] for c in curves])
+            for name, curves in found.items()}
+    best = sorted(ends, key=ends.get)
+    figure, [[axis, curves, alphas]] = panels(1, 3, (15, 5.5))
+    labels = [LOOKS.get(name, (name,))[0] for name in best]
+    colors = ["#d62728" if name.startswith("tpo ") or name == "lpo" else "#7f7f7f" for name in best]
+    axis.barh(labels, [ends[name][0] for name in best], xerr=[ends[name][1] for name in best],
+              color=colors)
+    axis.tick_params(axis="y", labelsize=8)
+    title = f"{TITLES[runs[0]['task']]}: pass@1 in % after {runs[0]['steps']} updates"
+    axis.set_title(f"{title}, {len(found['lpo'])} seeds", fontsize=10)
+    draw(curves, {name: over_seeds(found[name], "step", "pass1")
+                  for name in shown if name in found})
+    curves.set(xlabel="update", ylim=(0, 1))
+    curves.set_title("pass@1 by update", fontsize=10)
+    names = {alpha: f"tpo anchor {alpha:g}" for alpha in (0.1, 0.25, 0.5, 1)}
+    names = {alpha: name for alpha, name in {0: "lpo", **names}.items() if name in found}
+    for key, label in dict(pass1="pass@1", greedy="greedy", pass4="pass@4").items():
+        values = [mean_and_se([c[-1][key] for c in found[name]]) for name in names.values()]
+        alphas.errorbar(list(names), *zip(*values), marker="o", label=label)
+    alphas.set(xlabel="alpha", ylim=(0, 1))
+    alphas.set_title("TPO by alpha (0: LPO)", fontsize=10)
+    alphas.legend(frameon=False)
+    save(figure, path)
+
+
 def compare(runs, path):
-    """The runs of llm/compare.py or of long/long.py, a row per task."""
+    """The runs of long/long.py and of llm/knights_knaves.jsonl."""
     columns = {"pass@1 by update": ("step", "pass1"),
                "pass@1 by seconds": ("seconds", "pass1"),
                "entropy, nats per token": ("step", "entropy"),
@@ -125,7 +161,8 @@ def lag(runs, path):
     """pass@1 at the end of llm/lag.py's runs against how old the sampler is."""
     found = {}
     for r in runs:
-        found.setdefault(r["algo"], {}).setdefault(r["lag"], []).append(r["pass1_after"])
+        found.setdefault(r["algo"], {}).setdefault(r["flags"]["lag"], []).append(
+            r["pass1_after"])
     figure, [[axis]] = panels(1, 1, (6, 3.6))
     draw(axis, {algo: [(x, *mean_and_se(values)) for x, values in sorted(at.items())]
                 for algo, at in found.items()})
@@ -216,8 +253,10 @@ def draw(axis, curves, floor=0):
 
 if __name__ == "__main__":
     recorded = [log for name in LOGS for log in sorted(HERE.glob(f"{name}.jsonl"))]
-    kinds = {"preset": seq, "lag": lag, "warm_steps": llm, "rewards": smol, "setting": compare}
+    kinds = {"preset": seq, "warm_steps": llm, "rewards": smol, "setting": compare}
     for log in map(Path, sys.argv[1:] or recorded):
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         figure = next((kinds[key] for key in kinds if key in records[0]), bandit)
+        if "flags" in records[0]:
+            figure = lag if "lag" in records[0]["flags"] else scoreboard
         figure(records, log.with_suffix(".png"))
