@@ -36,6 +36,7 @@ GRID = [{"lr": lr, "epochs": epochs}
 OWN = [("beta", {"lr": 2e-2, "epochs": 2, "beta": 0.2}),
        ("clip", {"lr": 2e-2, "epochs": 2, "clip": 0.4}),
        ("eta", {"lr": 2e-2, "epochs": 1, "eta": 0.5})]
+NAMED = "algo", "anchor", "scale"                 # the flags that make an entry; these a setting:
 TUNABLE = "lr", "epochs", "beta", "clip", "eta"
 KEPT = "step", "seconds", "pass1", "pass4", "greedy", "reward", "kl", "informative", "entropy"
 
@@ -108,7 +109,7 @@ def best(entry, seeds, n=1):
     """The n settings with the highest pass@1, averaged over the seeds, that all seeds have run."""
     found = {}
     for r in read(TUNE):
-        if part(r["flags"], ("algo", "anchor", "scale")) == entry:
+        if part(r["flags"], NAMED) == entry:
             setting = json.dumps(part(r["flags"], TUNABLE))
             found.setdefault(setting, {})[r["seed"]] = r["pass1_after"]
     value = {setting: mean(by_seed[seed] for seed in seeds)
@@ -131,7 +132,7 @@ def record():
 
 def chosen(entry):
     """The recorded runs of an entry at its best setting."""
-    return [r for r in read(FILE) if part(r["flags"], ("algo", "anchor", "scale")) == entry
+    return [r for r in read(FILE) if part(r["flags"], NAMED) == entry
             and [part(r["flags"], TUNABLE)] == best(entry, TUNING)]
 
 
