@@ -1151,7 +1151,7 @@ def test_tuned_settings_are_the_best_that_were_recorded():
     study = run_path(str(ROOT / "results" / "llm" / "compare.py"))
     for entry in study["ENTRIES"]:
         if entry.keys() == {"algo"}:
-            [setting], [c] = study["best"](entry, study["TUNING"]), parse("--algo " + entry["algo"])
+            [setting], [c] = study["best"](entry), parse("--algo " + entry["algo"])
             assert {name: getattr(c, name) for name in setting} == setting
 
 

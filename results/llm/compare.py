@@ -1,11 +1,14 @@
 """Which loss, which alpha? All tuned alike, then five other seeds on test puzzles.
 
-    python results/llm/compare.py tune       seven settings each, the two best again: tune.jsonl
-    python results/llm/compare.py record     each at its best setting, 5 seeds: compare.jsonl
-    python results/llm/compare.py table      the table of ../README.md, then TUNED of llm_rlvr.py
-    python results/llm/compare.py run --scale 1      then any flag of llm_rlvr.py: see ScaleFree
+    python results/llm/compare.py tune [STUDY]       every setting of every entry: STUDY_tune.jsonl
+    python results/llm/compare.py record [STUDY]     each at its best setting, 5 seeds: STUDY.jsonl
+    python results/llm/compare.py table [STUDY]      the table of ../README.md, then the settings
+    python results/llm/compare.py run --scale 1      then any flag of llm_rlvr.py: see variant
     python results/llm/compare.py edges out/graph_color-tpo-50 ...     a run's puzzles by size
-One run per CPU core at a time, one thread each. A run that is already in the file is not repeated.
+
+STUDY is graph_color (the default: its files are tune.jsonl and compare.jsonl, its best settings
+are TUNED of llm_rlvr.py), knights_knaves or aloud. One run per CPU core at a time, one thread
+each. A run that is already in the file is not repeated.
 """
 import json
 import os
@@ -15,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import NamedTuple
 
 import torch
 
@@ -23,45 +27,116 @@ sys.path.insert(0, str(ROOT))
 import llm_rlvr
 from baselines import METHODS
 
-TUNE, FILE = HERE / "tune.jsonl", HERE / "compare.jsonl"
 # what is compared: on fresh data ddpg is dg; lpo is tpo at alpha = 0
 ENTRIES = [{"algo": name} for name in METHODS if name not in ("tpo", "ddpg")]
-ENTRIES += [{"algo": "tpo", "anchor": alpha} for alpha in (0.1, 0.25, 0.5, 1)]
-ENTRIES += [{"algo": "tpo", "scale": 1}]
-COMMON = {"task": "graph_color", "layers": 2, "steps": 300, "eval-every": 25, "device": "cpu"}
-TUNING, SEEDS = (1, 2), (50, 51, 52, 53, 54)
+ALPHAS = [{"algo": "tpo", "anchor": alpha} for alpha in (0.1, 0.25, 0.5, 1)]
+ALPHAS += [{"algo": "tpo", "scale": 1}]
 GRID = [{"lr": lr, "epochs": epochs}
         for lr, epochs in ((1e-2, 1), (2e-2, 1), (4e-2, 1), (5e-3, 2), (1e-2, 2), (2e-2, 2))]
 # a seventh setting of a method's own: the first of these flags that it takes, else a lower rate
 OWN = [("beta", {"lr": 2e-2, "epochs": 2, "beta": 0.2}),
        ("clip", {"lr": 2e-2, "epochs": 2, "clip": 0.4}),
        ("eta", {"lr": 2e-2, "epochs": 1, "eta": 0.5})]
-NAMED = "algo", "anchor", "scale"                 # the flags that make an entry; these a setting:
+NAMED = "algo", "anchor", "scale", "token-mean"   # the flags that make an entry; these a setting:
 TUNABLE = "lr", "epochs", "beta", "clip", "eta"
 KEPT = "step", "seconds", "pass1", "pass4", "greedy", "reward", "kl", "informative", "entropy"
+SEEDS = 50, 51, 52, 53, 54
 
 
-@dataclass(frozen=True)
-class Config(llm_rlvr.Config):
-    scale: float = llm_rlvr.flag(1.0, "nats: a group's alpha is min(1, scale / sd(l_old))", 0)
+def seven(entry):
+    own = [setting for name, setting in OWN if name in METHODS[entry["algo"]].takes]
+    return GRID + (own or [{"lr": 5e-3, "epochs": 1}])[:1]
 
 
-class ScaleFree(llm_rlvr.Trainer):
-    """llm_rlvr.py with an alpha for each group, so that the anchor's logits have an sd of scale."""
-    Config = Config
+def five(entry):
+    return [{"lr": lr, "epochs": epochs}
+            for lr, epochs in ((5e-3, 1), (2e-2, 1), (5e-3, 2), (1e-2, 2), (2e-2, 2))]
 
-    def rollout(self, items):
-        rollout = super().rollout(items)
-        sd = rollout.logp_old[rollout.row].sum(-1).std(-1, correction=0, keepdim=True)     # (B, 1)
-        self.set_alpha((self.c.scale / sd).clamp(max=1))
-        return rollout
 
-    def record_result(self, seconds):
-        self.set_alpha(self.c.scale)                    # of a group with an sd of 1: for the line
-        return super().record_result(seconds)
+class Study(NamedTuple):
+    tune: str                   # files in this folder
+    file: str
+    common: dict                # flags of every run
+    entries: list
+    settings: callable          # of an entry: tried with the first of the seeds ...
+    tuning: tuple               # ... and the two best with the others
+    levels: tuple               # of pass@1, whose times the table has
 
-    def set_alpha(self, alpha):
-        object.__setattr__(self.c, "anchor", alpha)
+
+SMALL = {"layers": 2, "device": "cpu"}
+STUDIES = {
+    "graph_color": Study("tune.jsonl", "compare.jsonl",
+                         {"task": "graph_color", **SMALL, "steps": 300, "eval-every": 25},
+                         ENTRIES + ALPHAS, seven, (1, 2), (0.5, 0.8)),
+    "knights_knaves": Study("knights_knaves_tune.jsonl", "knights_knaves.jsonl",
+                            {"task": "knights_knaves", **SMALL, "prompts": 16, "steps": 200,
+                             "eval-every": 50}, ENTRIES + ALPHAS, five, (1,), (0.3, 0.4)),
+    "aloud": Study("aloud_tune.jsonl", "aloud.jsonl",
+                   {"task": "aloud", **SMALL, "prompts": 8, "steps": 200, "eval-every": 50},
+                   [{"algo": "lpo"}, *ALPHAS, {"algo": "tpo", "anchor": 1, "token-mean": True},
+                    {"algo": "lpo_rev"}, {"algo": "grpo"}], five, (1,), (0.3, 0.6))}
+
+
+class Aloud(llm_rlvr.GraphColor):
+    """Graph coloring after 0 to 24 words of thinking aloud, which the reward does not look at.
+
+    Lengths differ within a group and so, by tens of nats, do the log-probs of whole completions,
+    as with an LLM.
+    """
+    defaults = {"max_new_tokens": 34}
+    words = "hm well let me see now if this one is there then maybe that or not".split()
+
+    def check(self, key, answer):
+        _, found, colors = answer.partition(" so")
+        return super().check(key, colors) if found else 0.0
+
+    def guess(self, rng, key):
+        often = [1 / (i + 1) for i in range(len(self.words))]                           # Zipf
+        aloud = rng.choices(self.words, often, k=rng.randrange(25))
+        return "".join(" " + word for word in aloud) + " so" + super().guess(rng, key)
+
+
+def variant(base):
+    """The trainer base with two more flags; without them it is base to the bit."""
+    @dataclass(frozen=True)
+    class Config(base.Config):
+        scale: float = llm_rlvr.flag(0.0, "nats: a group's alpha is min(1, scale / sd(l_old)), so "
+                                     "that its anchor's logits have that sd; 0: --anchor", 0)
+        token_mean: bool = llm_rlvr.flag(False, "l is the mean over a completion's tokens, not the "
+                                         "sum: another fixed point; entropy is then not logged "
+                                         "right")
+
+    class Variant(base):
+        def rollout(self, items):
+            rollout = super().rollout(items)
+            if self.c.token_mean:
+                rollout = rollout._replace(logp_old=rollout.logp_old / self.length(rollout))
+            if self.c.scale:
+                l_old = rollout.logp_old[rollout.row].sum(-1)                             # (B, K)
+                sd = l_old.std(-1, correction=0, keepdim=True)                            # (B, 1)
+                self.set_alpha((self.c.scale / sd).clamp(max=1))
+            return rollout
+
+        def policy(self, rollout, epoch):
+            logp = super().policy(rollout, epoch)
+            return logp if epoch == 0 else logp / self.length(rollout)
+
+        def backward(self, rollout, slope):
+            super().backward(rollout, slope / self.length(rollout))
+
+        def length(self, rollout):
+            return (rollout.y >= 0).sum(-1, keepdim=True) if self.c.token_mean else 1    # (N, 1)
+
+        def record_result(self, seconds):
+            if self.c.scale:
+                self.set_alpha(self.c.scale)            # of a group with an sd of 1: for the line
+            return super().record_result(seconds)
+
+        def set_alpha(self, alpha):
+            object.__setattr__(self.c, "anchor", alpha)
+
+    Variant.__doc__, Variant.Config = base.__doc__, Config
+    return Variant
 
 
 def read(path):
@@ -69,14 +144,15 @@ def read(path):
     return [json.loads(line) for line in lines]
 
 
-def run_all(path, jobs, script="llm_rlvr.py"):
+def run_all(path, jobs, script=None):
     """Append to path each job, a dict of flags, that is not there yet: its flags, result, curve."""
     def run(job):
         out = ROOT / "out" / path.stem / "-".join(f"{name}{value}" for name, value in job.items())
-        flags = " ".join(f"--{name} {value}" for name, value in job.items())
-        command = f"python {script} {flags}"
-        if "scale" in job:
-            command = f"python results/llm/compare.py run {flags}"
+        flags = " ".join(f"--{name}" if value is True else f"--{name} {value}"
+                         for name, value in job.items())
+        ours = job.keys() & {"scale", "token-mean"} or job["task"] == "aloud"
+        command = f"python {script or ('results/llm/compare.py run' if ours else 'llm_rlvr.py')} "
+        command += flags
         subprocess.run([sys.executable, *command.split()[1:], "--out", str(out)], cwd=ROOT,
                        check=True, stdout=subprocess.DEVNULL,
                        env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -92,23 +168,14 @@ def run_all(path, jobs, script="llm_rlvr.py"):
         list(pool.map(run, [job for job in jobs if job not in done]))
 
 
-def settings(entry):
-    own = [setting for name, setting in OWN if name in METHODS[entry["algo"]].takes]
-    return GRID + (own or [{"lr": 5e-3, "epochs": 1}])[:1]
-
-
-def flags(entry, setting, seed, eval_set):
-    return {**entry, **setting, **COMMON, "seed": seed, "eval-set": eval_set}
-
-
 def part(flags, names):
     return {name: flags[name] for name in names if name in flags}
 
 
-def best(entry, seeds, n=1):
+def best(entry, study=STUDIES["graph_color"], n=1, seeds=None):
     """The n settings with the highest pass@1, averaged over the seeds, that all seeds have run."""
-    found = {}
-    for r in read(TUNE):
+    found, seeds = {}, seeds or study.tuning
+    for r in read(HERE / study.tune):
         if part(r["flags"], NAMED) == entry:
             setting = json.dumps(part(r["flags"], TUNABLE))
             found.setdefault(setting, {})[r["seed"]] = r["pass1_after"]
@@ -117,23 +184,27 @@ def best(entry, seeds, n=1):
     return [json.loads(s) for s in sorted(value, key=value.get, reverse=True)[:n]]
 
 
-def tune():
-    """All settings with one seed, the two best of each entry with the other seed as well."""
-    run_all(TUNE, [flags(entry, setting, TUNING[0], "heldout")
-                   for entry in ENTRIES for setting in settings(entry)])
-    run_all(TUNE, [flags(entry, setting, TUNING[1], "heldout")
-                   for entry in ENTRIES for setting in best(entry, TUNING[:1], 2)])
+def tune(study):
+    first, *others = study.tuning
+    run_all(HERE / study.tune, [
+        {**entry, **setting, **study.common, "seed": first, "eval-set": "heldout"}
+        for entry in study.entries for setting in study.settings(entry)])
+    run_all(HERE / study.tune, [
+        {**entry, **setting, **study.common, "seed": seed, "eval-set": "heldout"}
+        for seed in others for entry in study.entries
+        for setting in best(entry, study, 2, [first])])
 
 
-def record():
-    run_all(FILE, [flags(entry, setting, seed, "test")
-                   for seed in SEEDS for entry in ENTRIES for setting in best(entry, TUNING)])
+def record(study):
+    run_all(HERE / study.file, [
+        {**entry, **setting, **study.common, "seed": seed, "eval-set": "test"}
+        for seed in SEEDS for entry in study.entries for setting in best(entry, study)])
 
 
-def chosen(entry):
+def chosen(entry, study):
     """The recorded runs of an entry at its best setting."""
-    return [r for r in read(FILE) if part(r["flags"], NAMED) == entry
-            and [part(r["flags"], TUNABLE)] == best(entry, TUNING)]
+    return [r for r in read(HERE / study.file) if part(r["flags"], NAMED) == entry
+            and [part(r["flags"], TUNABLE)] == best(entry, study)]
 
 
 def percent(values):
@@ -145,28 +216,27 @@ def first(curve, pass1, key):
     return next((e[key] for e in curve if e["pass1"] >= pass1), float("inf"))
 
 
-def table():
+def table(study):
     """Mean ± s.e. over the seeds, the best first; of updates and seconds to a level the median.
 
     The difference is to TPO with the same seed and puzzles; a seed has collapsed if less than 2%
     of its groups are informative at the end: it learns no more.
     """
+    low, high = (f"{level:.0%}" for level in study.levels)
     columns = ["loss", "setting", "pass@1", "TPO less this", "greedy", "pass@4", "collapsed",
-               "updates to 50%", "to 80%", "seconds to 50%", "to 80%", "seconds"]
-    peer = {r["seed"]: r["pass1_after"] for r in chosen({"algo": "tpo", "anchor": 0.25})}
+               f"updates to {low}", f"to {high}", f"seconds to {low}", f"to {high}", "seconds"]
+    peer = {r["seed"]: r["pass1_after"] for r in chosen({"algo": "tpo", "anchor": 0.25}, study)}
     print("|", " | ".join(columns), "|\n|" + "---|" * len(columns))
     rows = []
-    for entry in ENTRIES:
-        runs = chosen(entry)
+    for entry in study.entries:
+        runs = chosen(entry, study)
         if len(runs) < len(SEEDS):
             print(f"{entry}: {len(runs)} of {len(SEEDS)} runs", file=sys.stderr)
             continue
-        curves, [setting] = [r["curve"] for r in runs], best(entry, TUNING)
+        curves, [setting] = [r["curve"] for r in runs], best(entry, study)
         reached = [median(first(curve, level, key) for curve in curves)
-                   for key in ("step", "seconds") for level in (0.5, 0.8)]
-        name, *alpha = (value if name == "algo" else f"{name} {value:g}"
-                        for name, value in entry.items())
-        rows.append([mean(c[-1]["pass1"] for c in curves), " ".join((name, *alpha)),
+                   for key in ("step", "seconds") for level in study.levels]
+        rows.append([mean(c[-1]["pass1"] for c in curves), name(entry),
                      ", ".join(f"{k} {v:g}" for k, v in setting.items()),
                      percent([r["pass1_after"] for r in runs]),
                      percent([peer[r["seed"]] - r["pass1_after"] for r in runs]),
@@ -176,8 +246,13 @@ def table():
                      f"{mean(c[-1]['seconds'] for c in curves):.0f}"])
     for _, *row in sorted(rows, reverse=True):
         print("|", " | ".join(row), "|")
-    for entry in ENTRIES:
-        print(entry, best(entry, TUNING))
+    for entry in study.entries:
+        print(entry, best(entry, study))
+
+
+def name(flags):
+    """An entry's name, also in ../plot.py."""
+    return " ".join([flags["algo"], *(f"{k} {flags[k]:g}" for k in NAMED[1:] if k in flags)])
 
 
 def edges(folders):
@@ -195,10 +270,19 @@ def edges(folders):
                   *(f"{name} {result[name]:.1%}" for name in ("pass1", "greedy", "pass4")))
 
 
+def run(argv):
+    llm_rlvr.TASKS["aloud"] = Aloud()
+    llm_rlvr.main(argv, variant(llm_rlvr.Trainer))
+
+
 if __name__ == "__main__":
-    commands = {"run": lambda: llm_rlvr.main(sys.argv[2:], ScaleFree), "tune": tune,
-                "record": record, "table": table, "edges": lambda: edges(sys.argv[2:])}
-    name = "".join(sys.argv[1:2])
-    if name not in commands:
-        raise SystemExit(f"compare.py {name}: allowed are {', '.join(commands)}")
-    commands[name]()
+    commands = {"run": run, "edges": edges, "tune": tune, "record": record, "table": table}
+    command, *arguments = sys.argv[1:] or [""]
+    if command not in commands:
+        raise SystemExit(f"compare.py {command}: allowed are {', '.join(commands)}")
+    if command not in ("run", "edges"):
+        study = (arguments or ["graph_color"])[0]
+        if study not in STUDIES:
+            raise SystemExit(f"compare.py {command} {study}: allowed are {', '.join(STUDIES)}")
+        arguments = STUDIES[study]
+    commands[command](arguments)

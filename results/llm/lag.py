@@ -19,7 +19,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 import llm_rlvr
-from compare import TUNING, best, flags, percent, read, run_all
+from compare import STUDIES, best, percent, read, run_all
 
 FILE, LAGS, SEEDS = HERE / "lag.jsonl", (0, 4, 16), (50, 51, 52)
 # name in compare.py: each method has the setting that was best there, without lag
@@ -77,9 +77,9 @@ class Trainer(llm_rlvr.Trainer):
 def record():
     jobs = []
     for seed, lag, algo in product(SEEDS, LAGS, METHODS):
-        [setting] = best(METHODS[algo], TUNING)
-        entry = {**METHODS[algo], "algo": algo, "lag": lag}
-        jobs.append(flags(entry, setting, seed, "test"))
+        [setting] = best(METHODS[algo])
+        jobs.append({**METHODS[algo], "algo": algo, "lag": lag, **setting,
+                     **STUDIES["graph_color"].common, "seed": seed, "eval-set": "test"})
     run_all(FILE, jobs, "results/llm/lag.py run")
 
 
