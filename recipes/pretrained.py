@@ -139,11 +139,11 @@ class Pretrained(llm_rlvr.Trainer):
         return result
 
 
-def main(argv=None):
+def main(argv=None, trainer=Pretrained):
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-"):
         argv = ["--init-from", *argv]
-    llm_rlvr.main(argv, Pretrained)
+    llm_rlvr.main(argv, trainer)
 
 
 if __name__ == "__main__":

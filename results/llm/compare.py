@@ -16,6 +16,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
@@ -40,7 +41,6 @@ OWN = [("beta", {"lr": 2e-2, "epochs": 2, "beta": 0.2}),
 NAMED = "algo", "anchor", "scale", "token-mean"   # the flags that make an entry; these a setting:
 TUNABLE = "lr", "epochs", "beta", "clip", "eta"
 KEPT = "step", "seconds", "pass1", "pass4", "greedy", "reward", "kl", "informative", "entropy"
-SEEDS = 50, 51, 52, 53, 54
 
 
 def seven(entry):
@@ -60,7 +60,11 @@ class Study(NamedTuple):
     entries: list
     settings: callable          # of an entry: tried with the first of the seeds ...
     tuning: tuple               # ... and the two best with the others
-    levels: tuple               # of pass@1, whose times the table has
+    levels: tuple = ()          # of pass@1, whose times the table has
+    seeds: tuple = (50, 51, 52, 53, 54)
+    script: str = ""            # that runs it, if it is neither llm_rlvr.py nor this file's run
+    series: tuple = ()          # metrics of which each update's value is kept
+    value: callable = itemgetter("pass1_after")         # of a run: the best setting has the most
 
 
 SMALL = {"layers": 2, "device": "cpu"}
@@ -144,7 +148,7 @@ def read(path):
     return [json.loads(line) for line in lines]
 
 
-def run_all(path, jobs, script=None):
+def run_all(path, jobs, script="", series=()):
     """Append to path each job, a dict of flags, that is not there yet: its flags, result, curve."""
     def run(job):
         out = ROOT / "out" / path.stem / "-".join(f"{name}{value}" for name, value in job.items())
@@ -158,7 +162,9 @@ def run_all(path, jobs, script=None):
                        env=os.environ | {"OMP_NUM_THREADS": "1"})
         *records, result = read(next(out.glob("*/log.jsonl")))
         curve = [{k: r[k] for k in KEPT if k in r} for r in records if r["kind"] == "eval"]
+        updates = [r for r in records if r["kind"] == "update"]
         record = result | dict(flags=job, command=command, curve=curve)
+        record |= {name: [r[name] for r in updates] for name in series}
         with path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
         print(f"{command}: {result['pass1_after']:.3f} in {result['seconds']:.0f} s", flush=True)
@@ -173,32 +179,35 @@ def part(flags, names):
 
 
 def best(entry, study=STUDIES["graph_color"], n=1, seeds=None):
-    """The n settings with the highest pass@1, averaged over the seeds, that all seeds have run."""
+    """The n settings with the highest value, averaged over the seeds, that all seeds have run."""
     found, seeds = {}, seeds or study.tuning
     for r in read(HERE / study.tune):
         if part(r["flags"], NAMED) == entry:
             setting = json.dumps(part(r["flags"], TUNABLE))
-            found.setdefault(setting, {})[r["seed"]] = r["pass1_after"]
+            found.setdefault(setting, {})[r["seed"]] = study.value(r)
     value = {setting: mean(by_seed[seed] for seed in seeds)
              for setting, by_seed in found.items() if by_seed.keys() >= set(seeds)}
     return [json.loads(s) for s in sorted(value, key=value.get, reverse=True)[:n]]
 
 
+def run_study(study, path, seed, eval_set, settings):
+    """settings: of an entry, a list."""
+    run_all(path, [{**entry, **setting, **study.common, "seed": seed, "eval-set": eval_set}
+                   for entry in study.entries for setting in settings(entry)],
+            study.script, study.series)
+
+
 def tune(study):
     first, *others = study.tuning
-    run_all(HERE / study.tune, [
-        {**entry, **setting, **study.common, "seed": first, "eval-set": "heldout"}
-        for entry in study.entries for setting in study.settings(entry)])
-    run_all(HERE / study.tune, [
-        {**entry, **setting, **study.common, "seed": seed, "eval-set": "heldout"}
-        for seed in others for entry in study.entries
-        for setting in best(entry, study, 2, [first])])
+    run_study(study, HERE / study.tune, first, "heldout", study.settings)
+    for seed in others:
+        run_study(study, HERE / study.tune, seed, "heldout",
+                  lambda entry: best(entry, study, 2, [first]))
 
 
 def record(study):
-    run_all(HERE / study.file, [
-        {**entry, **setting, **study.common, "seed": seed, "eval-set": "test"}
-        for seed in SEEDS for entry in study.entries for setting in best(entry, study)])
+    for seed in study.seeds:
+        run_study(study, HERE / study.file, seed, "test", lambda entry: best(entry, study))
 
 
 def chosen(entry, study):
@@ -230,8 +239,8 @@ def table(study):
     rows = []
     for entry in study.entries:
         runs = chosen(entry, study)
-        if len(runs) < len(SEEDS):
-            print(f"{entry}: {len(runs)} of {len(SEEDS)} runs", file=sys.stderr)
+        if len(runs) < len(study.seeds):
+            print(f"{entry}: {len(runs)} of {len(study.seeds)} runs", file=sys.stderr)
             continue
         curves, [setting] = [r["curve"] for r in runs], best(entry, study)
         reached = [median(first(curve, level, key) for curve in curves)
