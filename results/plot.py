@@ -19,6 +19,7 @@ LOOKS = {                                                               # name a
     "tpo anchor 0.1": ("TPO α=.1", "#9467bd"), "tpo anchor 0.25": ("TPO α=.25", "#d62728"),
     "tpo anchor 0.5": ("TPO α=.5", "#d62728"), "tpo anchor 1": ("TPO α=1", "#d62728"),
     "tpo scale 1": ("TPO, scale-free α", "#d62728"),
+    "tpo anchor 1 token-mean 1": ("TPO α=1, token means", "#d62728"),
     "tpo:anchor=1": ("TPO α=1", "#d62728"), "tpo:anchor=0.25": ("TPO α=.25", "#e377c2"),
     "tpo:anchor=0.05": ("TPO α=.05", "#9467bd"), "tpo:anchor=0": ("TPO α=0", "#17becf"),
     "tpo:anchor=1:length_normalize": ("TPO, token means", "#7f7f7f"),
@@ -34,6 +35,7 @@ LOOKS = {                                                               # name a
     "gspo": ("GSPO", "#e377c2"), "cispo": ("CISPO", "#bcbd22"), "kondo": ("Kondo", "#17becf")}
 TITLES = {"single": "1 context, 100 arms", "multi": "100 contexts, 10 arms", "mnist": "MNIST",
           "graph_color": "graph coloring", "knights_knaves": "knights and knaves",
+          "aloud": "graph coloring, thinking aloud",
           "heldout": "held-out"}
 
 
@@ -89,7 +91,8 @@ def scoreboard(runs, path):
     found, shown = {}, ["tpo anchor 0.25", "lpo", "maxrl", "rloo", "ppo", "grpo", "dg"]
     for r in runs:
         f = r["flags"]
-        name = r["algo"] + "".join(f" {key} {f[key]:g}" for key in ("anchor", "scale") if key in f)
+        name = " ".join([r["algo"], *(f"{key} {f[key]:g}" for key in
+                                      ("anchor", "scale", "token-mean") if key in f)])
         found.setdefault(name, []).append(r["curve"])
     ends = {name: mean_and_se([100 * c[-1]["pass1"] for c in curves])
             for name, curves in found.items()}

@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 
@@ -58,13 +58,13 @@ class Study(NamedTuple):
     file: str
     common: dict                # flags of every run
     entries: list
-    settings: callable          # of an entry: tried with the first of the seeds ...
+    settings: Callable          # of an entry: tried with the first of the seeds ...
     tuning: tuple               # ... and the two best with the others
     levels: tuple = ()          # of pass@1, whose times the table has
     seeds: tuple = (50, 51, 52, 53, 54)
     script: str = ""            # that runs it, if it is neither llm_rlvr.py nor this file's run
     series: tuple = ()          # metrics of which each update's value is kept
-    value: callable = itemgetter("pass1_after")         # of a run: the best setting has the most
+    value: Callable = itemgetter("pass1_after")         # of a run: the best setting has the most
 
 
 SMALL = {"layers": 2, "device": "cpu"}
@@ -100,36 +100,43 @@ class Aloud(llm_rlvr.GraphColor):
         return "".join(" " + word for word in aloud) + " so" + super().guess(rng, key)
 
 
+def length(y):
+    return (y >= 0).sum(-1, keepdim=True)                                                # (..., 1)
+
+
 def variant(base):
     """The trainer base with two more flags; without them it is base to the bit."""
     @dataclass(frozen=True)
     class Config(base.Config):
         scale: float = llm_rlvr.flag(0.0, "nats: a group's alpha is min(1, scale / sd(l_old)), so "
-                                     "that its anchor's logits have that sd; 0: --anchor", 0)
-        token_mean: bool = llm_rlvr.flag(False, "l is the mean over a completion's tokens, not the "
-                                         "sum: another fixed point; entropy is then not logged "
-                                         "right")
+                                     "that its anchor's logits have at most that sd; 0: --anchor",
+                                     0)
+        token_mean: bool = llm_rlvr.flag(False, "l, of a loss on groups, is the mean over a "
+                                         "completion's tokens, not the sum: another fixed point; "
+                                         "entropy is then not logged right")
 
     class Variant(base):
+        def __init__(self, c):
+            super().__init__(c)
+            if c.token_mean:
+                sample = self.sample
+
+                def sample_means(*args, **flags):
+                    y, logp = sample(*args, **flags)
+                    return y, logp / length(y)
+                self.sample = sample_means
+
+        def log_policy(self, rollout, rows):
+            logp = super().log_policy(rollout, rows)
+            return logp / length(rollout.y[rows]) if self.c.token_mean else logp
+
         def rollout(self, items):
             rollout = super().rollout(items)
-            if self.c.token_mean:
-                rollout = rollout._replace(logp_old=rollout.logp_old / self.length(rollout))
             if self.c.scale:
                 l_old = rollout.logp_old[rollout.row].sum(-1)                             # (B, K)
                 sd = l_old.std(-1, correction=0, keepdim=True)                            # (B, 1)
                 self.set_alpha((self.c.scale / sd).clamp(max=1))
             return rollout
-
-        def policy(self, rollout, epoch):
-            logp = super().policy(rollout, epoch)
-            return logp if epoch == 0 else logp / self.length(rollout)
-
-        def backward(self, rollout, slope):
-            super().backward(rollout, slope / self.length(rollout))
-
-        def length(self, rollout):
-            return (rollout.y >= 0).sum(-1, keepdim=True) if self.c.token_mean else 1    # (N, 1)
 
         def record_result(self, seconds):
             if self.c.scale:
@@ -260,7 +267,7 @@ def table(study):
 
 
 def name(flags):
-    """An entry's name, also in ../plot.py."""
+    """An entry's name; ../plot.py makes the same."""
     return " ".join([flags["algo"], *(f"{k} {flags[k]:g}" for k in NAMED[1:] if k in flags)])
 
 
