@@ -25,9 +25,8 @@ import time
 import zlib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial, reduce
+from functools import partial
 from itertools import combinations, product, takewhile
-from operator import and_
 from pathlib import Path
 from runpy import run_path
 from statistics import mean
@@ -88,8 +87,7 @@ class Config:
 
 
 # Each method's best of seven settings after 300 updates of graph_color (results/llm/compare.py);
-# tpo's are the defaults, chosen for 900. These replace the defaults above; a task's own defaults
-# and the command line's flags replace these.
+# tpo's are the defaults, chosen for 900. A task's own defaults and flags replace these: see parse.
 TUNED = {"lpo": dict(lr=2e-2), "pg": dict(epochs=1), "tpo_no_anchor": dict(epochs=1),
          **dict.fromkeys(("maxrl", "oapl"), dict(lr=2e-2, epochs=1)),
          **dict.fromkeys(("dg", "ddpg"), dict(lr=4e-2, epochs=1)),
@@ -145,8 +143,8 @@ class Trainer:
     def make_optimizers(self):
         """[(optimizer, its share of --lr)]: Muon is for matrices between hidden states."""
         matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
-        rest = [p for p in self.trained if not any(p is matrix for matrix in matrices)]
-        return [(Muon(matrices), 1.0), (torch.optim.AdamW(rest, **ADAMW), 0.2)]
+        rest = [p for p in self.trained if p not in set(matrices)]
+        return [(Muon(matrices, {"lr": 0.0}), 1.0), (torch.optim.AdamW(rest, **ADAMW), 0.2)]
 
     def update(self):
         """Sample, score, target, fit: one update. Returns its metrics."""
@@ -191,7 +189,7 @@ class Trainer:
         prompt_of, y, logp = key[:, 0], key[:, 2:2 + T], logp[:, :T]
         # of equal completions the largest: they differ by rounding
         logp = logp.new_full(y.shape, -torch.inf).scatter_reduce(
-            0, row[:, None].expand(-1, T), logp, "amax")                               # (N, T)
+            0, row[:, None].expand_as(logp), logp, "amax")                             # (N, T)
         rollout = Rollout(prompts, y, logp, prompt_of, row.view(B, K))
         if c.epochs > 1 and self.device.type == "cuda":
             # in bf16 a later epoch needs log-probs of a forward like its own to compare with; the
@@ -203,10 +201,8 @@ class Trainer:
         """Scores (B, K), on the CPU. A completion cut off before its end token scores 0."""
         def one(key, ids):
             text, ended = self.read(ids)
-            if not ended:
-                return 0.0
             try:
-                score = self.task.check(key, text)
+                score = self.task.check(key, text) if ended else 0
                 if math.isfinite(score):
                     return float(score)
             except Exception as error:          # a user's code
@@ -226,18 +222,17 @@ class Trainer:
         return torch.cat([self.log_policy(rollout, part) for part in self.parts(rollout, rows)])
 
     def slope(self, logp, rollout, scores, q, epoch):
-        """dL/dlogp (N, T) of the method's loss at logp (N, T). Equal completions are one row,
-        whose slopes autograd adds up."""
-        logp, anchor = logp.detach().requires_grad_(), self.c.anchor
-        l, l_old = (x[rollout.row].sum(-1) for x in (logp, rollout.logp_old))             # (B, K)
+        """dL/dlogp (N, T) of the method's loss at logp (N, T)."""
+        logp = logp.detach().requires_grad_()
+        new, old, y = (x[rollout.row] for x in (logp, rollout.logp_old, rollout.y))    # (B, K, T)
+        l, l_old = new.sum(-1), old.sum(-1)                                               # (B, K)
         if self.c.algo == "tpo":
-            p = (l - (1 - anchor) * l_old).softmax(-1)              # Eq. 1; anchor = 1: softmax(l)
+            p = (l - (1 - self.c.anchor) * l_old).softmax(-1)       # Eq. 1; anchor = 1: softmax(l)
             loss = ((p - q).detach() * l).sum(-1).mean()            # has tpo_loss's slope, Eq. 3
         elif self.method.per == "group":
             loss = self.loss(l, l_old, scores)
         else:
-            new, old, y = (x[rollout.row] for x in (logp, rollout.logp_old, rollout.y))
-            loss = self.loss(new, old, scores, mask=y >= 0)         # from (B, K, T)
+            loss = self.loss(new, old, scores, mask=y >= 0)
         slope, = torch.autograd.grad(loss, logp)
         if epoch == 0 and self.method.rests:    # 0 but for rounding, and AdamW would step by that
             slope[~informative(scores)[rollout.prompt_of]] = 0
@@ -280,16 +275,14 @@ class Trainer:
 
     def encode_prompts(self, items):
         """Prompts (B, P), padded with -1 on the left: completions start in one column."""
-        rows = [torch.tensor(self.vocabulary.encode(text), dtype=torch.long) for text, _ in items]
+        rows = [torch.tensor(self.vocabulary.encode(text)) for text, _ in items]
         if not all(map(len, rows)):
             fail(f"--task {self.c.task}: a prompt is empty")
         return pad_sequence(rows, True, padding_value=-1, padding_side="left").to(self.device)
 
     def evaluate(self):
-        """pass@1 and pass@4 on the evaluation puzzles, of four samples at temperature 1; greedy.
-
-        With it what the model writes: two samples of one puzzle, the same one every time.
-        """
+        """Greedy, and pass@1 and pass@4 of four samples, on the evaluation puzzles; as an example
+        two samples of one puzzle, the same one every time."""
         items, generator = self.eval_items, torch.Generator(self.device).manual_seed(0)
         n, y = max(1, self.c.prompts * self.c.candidates // 4), []      # as many rows as in update
         for i in range(0, len(items), n):
@@ -301,10 +294,9 @@ class Trainer:
         scores = self.score(items, y)
         greedy, four = (scores == 1).float().split((1, 4), 1)
         completions = [self.read(ids)[0] for ids in y[i, 1:3].tolist()]
+        example = dict(prompt=items[i][0], completions=completions, scores=scores[i, 1:3].tolist())
         return dict(greedy=greedy.mean().item(), pass1=four.mean().item(),
-                    pass4=four.amax(-1).mean().item(),              # any of a puzzle's four
-                    example=dict(prompt=items[i][0], completions=completions,
-                                 scores=scores[i, 1:3].tolist()))
+                    pass4=four.amax(-1).mean().item(), example=example)     # any of the four
 
     def warm_start(self):
         """Supervised steps on random answers: they teach the form, nothing of the solution."""
@@ -405,7 +397,7 @@ class Trainer:
 
 def informative(scores):
     """(B,) groups whose scores (B, K) differ."""
-    return (standardize(scores) != 0).any(-1)
+    return standardize(scores).any(-1)
 
 
 def warmup(step):
@@ -437,8 +429,8 @@ class Cache:
     attention functions for GPT.forward."""
 
     def __init__(self, prompts, K, T):
-        self.K, self.T, self.used = K, T, prompts.shape[1]      # used: slots filled so far
-        self.layers, self.causal = [], causal(prompts)[0]
+        self.K, self.T, self.used = K, T, prompts.shape[1]      # used: slots in use
+        self.layers, (self.causal, self.pos) = [], causal(prompts)
         self.hidden = F.pad(prompts < 0, (0, T - 1)).repeat_interleave(K, 0)
 
     def prompts(self, i, q, k, v):
@@ -448,14 +440,13 @@ class Cache:
         return attention(q, k, v, self.causal)
 
     def append(self, i, q, k, v):
-        """Of one more token in each row, (N, 1, heads, D), in slot `used`. Two products: for one
+        """Of one more token in each row, (N, 1, heads, D), in the last slot. Two products: for one
         query a row faster than scaled_dot_product_attention on a CPU."""
-        keys, values = self.layers[i]
-        keys[:, :, self.used], values[:, :, self.used] = k[:, 0], v[:, 0]
-        keys, values = (x[:, :, :self.used + 1] for x in (keys, values))    # (N, kv_heads, S, D)
+        keys, values = self.layers[i][:, :, :, :self.used]                  # (N, kv_heads, S, D)
+        keys[:, :, -1], values[:, :, -1] = k[:, 0], v[:, 0]
         N, kv_heads, _, D = keys.shape
         weight = (q.view(N, kv_heads, -1, D) * D ** -0.5) @ keys.mT         # (N, kv_heads, G, S)
-        hidden = self.hidden[:, None, None, :self.used + 1]
+        hidden = self.hidden[:, None, None, :self.used]
         weight = weight.masked_fill(hidden, -torch.inf).softmax(-1)
         return (weight.to(values) @ values).view(q.shape)
 
@@ -474,14 +465,17 @@ def sample(model, prompts, K, T, ends, generator):
     Without a generator it is greedy.
     """
     device, N = prompts.device, len(prompts) * K
-    kv, pos = Cache(prompts, K, T), causal(prompts)[1]
-    h = model(prompts, pos, kv.prompts)[:, -1:].repeat_interleave(K, 0)              # (N, 1, width)
-    pos = pos[:, -1:].repeat_interleave(K, 0)                                         # (N, 1)
-    y, logps = torch.full((N, T), ends[0], device=device), torch.zeros(N, T, device=device)
+    kv = Cache(prompts, K, T)
+    h = model(prompts, kv.pos, kv.prompts)[:, -1:].repeat_interleave(K, 0)           # (N, 1, width)
+    pos = kv.pos[:, -1:].repeat_interleave(K, 0)                                      # (N, 1)
+    y, logps = ends[0].repeat(N, T), torch.zeros(N, T, device=device)
     rows = torch.arange(N, device=device)                       # those that still go on
     if generator:
         uniform = torch.rand(N, T, generator=generator, device=device)
     for t in range(T):
+        if t:                                   # before, h is that of the prompts
+            kv.used += 1
+            h = model(token, pos + t, kv.append)
         logp = model.lm_head(h[:, 0]).float().log_softmax(-1)                         # (rows, V)
         if generator:           # by the inverse of the cdf: one random number a row, not V
             cdf = logp.exp().cumsum(-1)
@@ -490,8 +484,6 @@ def sample(model, prompts, K, T, ends, generator):
         else:
             token = logp.argmax(-1, keepdim=True)
         y[rows, t], logps[rows, t] = token[:, 0], logp.gather(-1, token)[:, 0]
-        if t == T - 1:
-            break
         if t % 16 == 15:                # rows that ended leave; it costs a host sync, so not each t
             going = ~torch.isin(y[rows, :t + 1], ends).any(-1)                        # (rows,)
             if not going.any():
@@ -499,8 +491,6 @@ def sample(model, prompts, K, T, ends, generator):
             if going.float().mean() <= 0.75:
                 rows, pos, token = rows[going], pos[going], token[going]
                 kv.keep(going)
-        h = model(token, pos + 1 + t, kv.append)
-        kv.used += 1
     ended = torch.isin(y, ends).int()
     sampled = ended.cumsum(-1) == ended         # up to and including the first end token
     return y.where(sampled, -1).view(-1, K, T), logps.where(sampled, 0).view(-1, K, T)
@@ -525,23 +515,22 @@ def token_logp(model, prompts, y, prompt_of):
     """
     (B, P), (N, T) = prompts.shape, y.shape
     prompt_causal, prompt_pos = causal(prompts)
-    own = torch.ones(T - 1, T - 1, dtype=torch.bool, device=y.device).tril().expand(N, -1, -1)
-    prompt = (prompts >= 0)[prompt_of][:, None].expand(-1, T - 1, -1)
-    visible = torch.cat((prompt, own), 2)[:, None]                     # (N, 1, T - 1, P + T - 1)
-    pos = prompt_pos[prompt_of, -1:] + 1 + torch.arange(T - 1, device=y.device)        # (N, T - 1)
+    mask, pos = causal(torch.cat((prompts[prompt_of], y[:, :-1]), 1))
+    visible, pos = mask[:, :, P:], pos[:, P:]              # (N, 1, T - 1, P + T - 1), (N, T - 1)
 
     def split(x):                               # the list -> (B, P, ...) and (N, T - 1, ...)
         return x[:B * P].unflatten(0, (B, P)), x[B * P:].unflatten(0, (N, T - 1))
+
+    def join(x, x_y):                           # and back
+        return torch.cat((x.flatten(0, 1), x_y.flatten(0, 1)))
 
     def attend(_, q, k, v):
         (q, q_y), (k, k_y), (v, v_y) = split(q), split(k), split(v)
         keys = torch.cat((k.index_select(0, prompt_of), k_y), 1)
         values = torch.cat((v.index_select(0, prompt_of), v_y), 1)
-        out, out_y = attention(q, k, v, prompt_causal), attention(q_y, keys, values, visible)
-        return torch.cat((out.flatten(0, 1), out_y.flatten(0, 1)))
+        return join(attention(q, k, v, prompt_causal), attention(q_y, keys, values, visible))
 
-    tokens = torch.cat((prompts.flatten(), y[:, :-1].flatten()))
-    h, h_y = split(model(tokens, torch.cat((prompt_pos.flatten(), pos.flatten())), attend))
+    h, h_y = split(model(join(prompts, y[:, :-1]), join(prompt_pos, pos), attend))
     h = torch.cat((h[:, -1:].index_select(0, prompt_of), h_y), 1)                   # (N, T, width)
 
     def nll(h, target):
@@ -624,9 +613,6 @@ class Muon(torch.optim.Optimizer):
 
     In fp32 on purpose: torch.optim.Muon's bf16 takes 20 times as long on CPUs that lack it.
     """
-    def __init__(self, matrices):
-        super().__init__(matrices, {"lr": 0.0})
-
     @torch.no_grad()
     def step(self):
         for p in self.param_groups[0]["params"]:
@@ -674,31 +660,31 @@ def rotate(x, rope):
 
 
 # ------------------------------------------------------------------------------------------ tasks
-# A task has defaults, a dict of its own defaults for flags, and
+# A task has
 #   prompt(rng) -> (text, key)     a fresh puzzle in its only spelling (names, edges, terms sorted):
 #                                  a hash of the text decides whether it is trained or evaluated on
 #   check(key, answer) -> score    1.0 is right; values in [0, 1) give partial credit
 #   guess(rng, key) -> answer      for the warm start: right in form, blind to the solution
 #   split(text) -> split           optional, where data come with a split; by default hash_split
+#   defaults                       optional, a dict of its own defaults for flags
 class KnightsKnaves:
     """Knights tell the truth, knaves lie; who is what? Every puzzle has exactly one solution."""
     people, kinds, joints = "ABC", ("knight", "knave"), {"and": all, "or": any}
-    defaults = {}
 
     def prompt(self, rng):
         while True:
-            claims, fits = [], [dict(zip(self.people, w)) for w in product(self.kinds, repeat=3)]
+            text, fits = "", [dict(zip(self.people, w)) for w in product(self.kinds, repeat=3)]
             for speaker in self.people:         # A says B is a knave or C is a knight
                 n = rng.choice((1, 2, 2))
                 about = sorted(zip(rng.sample(self.people, n), rng.choices(self.kinds, k=n)))
                 joint = rng.choice(list(self.joints))
                 words = f" {joint} ".join(f"{person} is a {kind}" for person, kind in about)
-                claims.append(f"{speaker} says {words}. ")
+                text += f"{speaker} says {words}. "
                 fits = [world for world in fits         # where only a knight would say so
                         if self.joints[joint](world[person] == kind for person, kind in about)
                         == (world[speaker] == "knight")]
             if len(fits) == 1:
-                return "".join(claims) + "Who?", fits[0]
+                return text + "Who?", fits[0]
 
     def check(self, key, answer):
         """The share of people given the right kind, if each is named once, in any order."""
@@ -715,25 +701,22 @@ class KnightsKnaves:
 class GraphColor:
     """Give six nodes three colors, so that no edge joins equal colors; any such is right."""
     nodes, colors = "ABCDEF", ("red", "green", "blue")
-    defaults = {}
-
-    def __init__(self):                         # coloring -> its bit; edge -> those it allows
-        colorings, self.allowed = product(self.colors, repeat=6), {}
-        self.bit = {coloring: 1 << i for i, coloring in enumerate(colorings)}
-        for (i, a), (j, b) in combinations(enumerate(self.nodes), 2):
-            self.allowed[f"{a}-{b}"] = sum(bit for c, bit in self.bit.items() if c[i] != c[j])
-
-    def right(self, edges):
-        return reduce(and_, (self.allowed[edge] for edge in edges))
+    pairs = [f"{a}-{b}" for a, b in combinations(nodes, 2)]
 
     def prompt(self, rng):
         while True:
-            edges = sorted(rng.sample(list(self.allowed), rng.randint(4, 8)))
-            if self.right(edges):
-                return "Color" + "".join(" " + edge for edge in edges) + ":", edges
+            edges = sorted(rng.sample(self.pairs, rng.randint(4, 8)))
+            if any(self.right(edges, coloring) for coloring in product(self.colors, repeat=6)):
+                return f"Color {' '.join(edges)}:", edges
+
+    def right(self, edges, coloring):
+        color = dict(zip(self.nodes, coloring))
+        return all(color[a] != color[b] for a, _, b in edges)           # A-B
 
     def check(self, key, answer):
-        return float(self.bit.get(tuple(answer.split()), 0) & self.right(key) > 0)
+        words = answer.split()
+        whole = len(words) == len(self.nodes) and set(words) <= set(self.colors)
+        return float(whole and self.right(key, words))
 
     def guess(self, rng, key):
         return "".join(" " + rng.choice(self.colors) for _ in self.nodes)
@@ -907,7 +890,7 @@ def parse(argv, trainer):
     for algo in dict.fromkeys(given.pop("algo", trainer.Config.algo).split(",")):
         if algo not in METHODS:
             fail(f"--algo {algo}: allowed are {', '.join(METHODS)}")
-        defaults = trainer.tuned.get(algo, {}) | task.defaults
+        defaults = trainer.tuned.get(algo, {}) | getattr(task, "defaults", {})
         configs.append(trainer.Config(**defaults | given, algo=algo))
         validate(configs[-1])
     return configs
@@ -931,10 +914,10 @@ def validate(c):
 
 
 def progress(r, steps):
-    left = r["seconds"] / max(r["step"], 1) * (steps - r["step"])
     step = f"{r['step']:{len(str(steps))}}/{steps}"
     text = f"{step} pass@1 {r['pass1']:.3f} greedy {r['greedy']:.3f}"
     if "reward" in r:                           # not before the first update
+        left = r["seconds"] / r["step"] * (steps - r["step"])
         text += (f" reward {r['reward']:.2f} KL(q||p) {r['kl']:.2f} informative "
                  f"{r['informative']:.0%} {r['train_tok_s']:.0f} tok/s {left:.0f} s left")
     return text

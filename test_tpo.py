@@ -941,7 +941,7 @@ def test_muon_is_nesterov_momentum_with_singular_values_moved_near_one(script, l
     shapes = (64, 256), (256, 64), (2, 64), (3, 3)
     params = [torch.randn(*lead, *shape, requires_grad=True) for shape in shapes]
     expected, momentum = [p.detach().double() for p in params], [0] * 4
-    muon = seqtask.Muon(params, 0.01) if lead else llm_rlvr.Muon([{"params": params, "lr": 0.01}])
+    muon = seqtask.Muon(params, 0.01) if lead else llm_rlvr.Muon(params, {"lr": 0.01})
     for _ in range(3):
         for i, p in enumerate(params):
             p.grad = torch.randn_like(p)

@@ -51,7 +51,6 @@ def solution(answer):
 
 class Gsm8k:
     """School math in words (Cobbe et al., arXiv 2110.14168). A tenth of train.jsonl is heldout."""
-    defaults = {}
 
     def __init__(self, folder, shots):
         files = (Path(folder) / name for name in ("train.jsonl", "test.jsonl"))
@@ -80,7 +79,6 @@ class Gsm8k:
 class Jsonl:
     """Lines {"prompt": text, "answer": text or number}. Numbers compare by value; a text of one
     line with the last line, one of several with all of them behind the last "answer:"."""
-    defaults = {}
 
     def __init__(self, path):
         lines = read_jsonl(path, "prompt", number_or_text, "text or number")
@@ -98,7 +96,6 @@ class Jsonl:
 
 class ReasoningGym:
     """A dataset of Reasoning Gym (arXiv 2505.24760), its prompts and scores; entry i has seed i."""
-    defaults = {}
 
     def __init__(self, name):
         try:
