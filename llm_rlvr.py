@@ -25,8 +25,9 @@ import time
 import zlib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import partial, reduce
 from itertools import combinations, product, takewhile
+from operator import and_
 from pathlib import Path
 from runpy import run_path
 from statistics import mean
@@ -87,7 +88,7 @@ class Config:
 
 
 # Each method's best of seven settings after 300 updates of graph_color (results/llm/compare.py);
-# tpo's are the defaults, chosen for 900. A task's own defaults and flags replace these: see parse.
+# tpo's are the defaults, chosen for 900. The task's own defaults, then flags, replace these.
 TUNED = {"lpo": dict(lr=2e-2), "pg": dict(epochs=1), "tpo_no_anchor": dict(epochs=1),
          **dict.fromkeys(("maxrl", "oapl"), dict(lr=2e-2, epochs=1)),
          **dict.fromkeys(("dg", "ddpg"), dict(lr=4e-2, epochs=1)),
@@ -144,7 +145,8 @@ class Trainer:
         """[(optimizer, its share of --lr)]: Muon is for matrices between hidden states."""
         matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
         rest = [p for p in self.trained if p not in set(matrices)]
-        return [(Muon(matrices, {"lr": 0.0}), 1.0), (torch.optim.AdamW(rest, **ADAMW), 0.2)]
+        muon = Muon(matrices, {"lr": 0.0})                      # update sets every lr
+        return [(muon, 1.0), (torch.optim.AdamW(rest, **ADAMW), 0.2)]
 
     def update(self):
         """Sample, score, target, fit: one update. Returns its metrics."""
@@ -296,7 +298,7 @@ class Trainer:
         completions = [self.read(ids)[0] for ids in y[i, 1:3].tolist()]
         example = dict(prompt=items[i][0], completions=completions, scores=scores[i, 1:3].tolist())
         return dict(greedy=greedy.mean().item(), pass1=four.mean().item(),
-                    pass4=four.amax(-1).mean().item(), example=example)     # any of the four
+                    pass4=four.amax(-1).mean().item(), example=example)
 
     def warm_start(self):
         """Supervised steps on random answers: they teach the form, nothing of the solution."""
@@ -429,7 +431,7 @@ class Cache:
     attention functions for GPT.forward."""
 
     def __init__(self, prompts, K, T):
-        self.K, self.T, self.used = K, T, prompts.shape[1]      # used: slots in use
+        self.K, self.T, self.used = K, T, prompts.shape[1]      # used: slots filled
         self.layers, (self.causal, self.pos) = [], causal(prompts)
         self.hidden = F.pad(prompts < 0, (0, T - 1)).repeat_interleave(K, 0)
 
@@ -440,8 +442,8 @@ class Cache:
         return attention(q, k, v, self.causal)
 
     def append(self, i, q, k, v):
-        """Of one more token in each row, (N, 1, heads, D), in the last slot. Two products: for one
-        query a row faster than scaled_dot_product_attention on a CPU."""
+        """Of one more token in each row, (N, 1, heads, D), in the last of the `used` slots. Two
+        products: for one query a row faster than scaled_dot_product_attention on a CPU."""
         keys, values = self.layers[i][:, :, :, :self.used]                  # (N, kv_heads, S, D)
         keys[:, :, -1], values[:, :, -1] = k[:, 0], v[:, 0]
         N, kv_heads, _, D = keys.shape
@@ -473,7 +475,7 @@ def sample(model, prompts, K, T, ends, generator):
     if generator:
         uniform = torch.rand(N, T, generator=generator, device=device)
     for t in range(T):
-        if t:                                   # before, h is that of the prompts
+        if t:                                   # at first h is that of the prompts
             kv.used += 1
             h = model(token, pos + t, kv.append)
         logp = model.lm_head(h[:, 0]).float().log_softmax(-1)                         # (rows, V)
@@ -484,7 +486,7 @@ def sample(model, prompts, K, T, ends, generator):
         else:
             token = logp.argmax(-1, keepdim=True)
         y[rows, t], logps[rows, t] = token[:, 0], logp.gather(-1, token)[:, 0]
-        if t % 16 == 15:                # rows that ended leave; it costs a host sync, so not each t
+        if t % 16 == 15 and t < T - 1:  # rows that ended leave; it costs a host sync, so not each t
             going = ~torch.isin(y[rows, :t + 1], ends).any(-1)                        # (rows,)
             if not going.any():
                 break
@@ -497,8 +499,8 @@ def sample(model, prompts, K, T, ends, generator):
 
 
 def token_logp(model, prompts, y, prompt_of):
-    """fp32 log-probs (N, T), with gradient, of completions y (N, T) of prompts[prompt_of] (B, P);
-    both are padded with -1, where the result is 0.
+    """fp32 log-probs (N, T), with gradient, of completions y (N, T) of prompts (B, P), row n of
+    prompts[prompt_of[n]]; both are padded with -1, where the result is 0.
 
     Prompts and completions go through the linear layers as one list of B * P + N * (T - 1) tokens,
     so that a prompt is computed once for all its completions. Who attends to whom, for a prompt x
@@ -516,7 +518,7 @@ def token_logp(model, prompts, y, prompt_of):
     (B, P), (N, T) = prompts.shape, y.shape
     prompt_causal, prompt_pos = causal(prompts)
     mask, pos = causal(torch.cat((prompts[prompt_of], y[:, :-1]), 1))
-    visible, pos = mask[:, :, P:], pos[:, P:]              # (N, 1, T - 1, P + T - 1), (N, T - 1)
+    mask, pos = mask[:, :, P:].contiguous(), pos[:, P:]    # (N, 1, T - 1, P + T - 1), (N, T - 1)
 
     def split(x):                               # the list -> (B, P, ...) and (N, T - 1, ...)
         return x[:B * P].unflatten(0, (B, P)), x[B * P:].unflatten(0, (N, T - 1))
@@ -528,7 +530,7 @@ def token_logp(model, prompts, y, prompt_of):
         (q, q_y), (k, k_y), (v, v_y) = split(q), split(k), split(v)
         keys = torch.cat((k.index_select(0, prompt_of), k_y), 1)
         values = torch.cat((v.index_select(0, prompt_of), v_y), 1)
-        return join(attention(q, k, v, prompt_causal), attention(q_y, keys, values, visible))
+        return join(attention(q, k, v, prompt_causal), attention(q_y, keys, values, mask))
 
     h, h_y = split(model(join(prompts, y[:, :-1]), join(prompt_pos, pos), attend))
     h = torch.cat((h[:, -1:].index_select(0, prompt_of), h_y), 1)                   # (N, T, width)
@@ -543,7 +545,8 @@ def token_logp(model, prompts, y, prompt_of):
 
 
 def causal(prompts):
-    """Mask (B, 1, P, P) of left-padded prompts, and their rotary positions (B, P)."""
+    """Mask (B, 1, P, P) and rotary positions (B, P) of left-padded prompts (B, P), or of such
+    with completions behind them."""
     P, real = prompts.shape[1], prompts >= 0
     eye = torch.eye(P, dtype=torch.bool, device=prompts.device)  # a softmax over nothing is NaN
     mask = torch.ones_like(eye).tril() & real[:, None] | eye
@@ -701,22 +704,24 @@ class KnightsKnaves:
 class GraphColor:
     """Give six nodes three colors, so that no edge joins equal colors; any such is right."""
     nodes, colors = "ABCDEF", ("red", "green", "blue")
-    pairs = [f"{a}-{b}" for a, b in combinations(nodes, 2)]
+
+    def __init__(self):                         # coloring -> its bit; edge -> those it allows
+        colorings, self.allowed = product(self.colors, repeat=6), {}
+        self.bit = {coloring: 1 << i for i, coloring in enumerate(colorings)}
+        for (i, a), (j, b) in combinations(enumerate(self.nodes), 2):
+            self.allowed[f"{a}-{b}"] = sum(bit for c, bit in self.bit.items() if c[i] != c[j])
+
+    def right(self, edges):
+        return reduce(and_, (self.allowed[edge] for edge in edges))
 
     def prompt(self, rng):
         while True:
-            edges = sorted(rng.sample(self.pairs, rng.randint(4, 8)))
-            if any(self.right(edges, coloring) for coloring in product(self.colors, repeat=6)):
-                return f"Color {' '.join(edges)}:", edges
-
-    def right(self, edges, coloring):
-        color = dict(zip(self.nodes, coloring))
-        return all(color[a] != color[b] for a, _, b in edges)           # A-B
+            edges = sorted(rng.sample(list(self.allowed), rng.randint(4, 8)))
+            if self.right(edges):
+                return "Color" + "".join(" " + edge for edge in edges) + ":", edges
 
     def check(self, key, answer):
-        words = answer.split()
-        whole = len(words) == len(self.nodes) and set(words) <= set(self.colors)
-        return float(whole and self.right(key, words))
+        return float(self.bit.get(tuple(answer.split()), 0) & self.right(key) > 0)
 
     def guess(self, rng, key):
         return "".join(" " + rng.choice(self.colors) for _ in self.nodes)
