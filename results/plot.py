@@ -30,6 +30,7 @@ LOOKS = {                                                               # name a
     "pg": ("PG", "#1f77b4"), "group_pg": ("Group PG", "#9467bd"),
     "ce": ("CE", "#7f7f7f"), "ppo": ("PPO", "#8c564b"),
     "rloo": ("RLOO", "#1f77b4"), "maxrl": ("MaxRL", "#111111"), "rebel": ("REBEL", "#2ca02c"),
+    "grpo_token_ratio": ("GRPO per token", "#ff7f0e"), "lpo_rev": ("LPO, reverse KL", "#e377c2"),
     "lpo": ("LPO", "#e377c2"), "vcpo": ("VCPO", "#1f77b4"), "ddpg": ("DDPG", "#2ca02c"),
     "oapl": ("OAPL", "#9467bd"), "dr_grpo": ("Dr. GRPO", "#ff7f0e"), "dapo": ("DAPO", "#8c564b"),
     "gspo": ("GSPO", "#e377c2"), "cispo": ("CISPO", "#bcbd22"), "kondo": ("Kondo", "#17becf")}

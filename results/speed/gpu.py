@@ -1,10 +1,11 @@
 """Everything that only a GPU can show, in one command: python results/speed/gpu.py
 
-The CUDA tests; attention with and without cuDNN; first-epoch log-probs in bf16 against fp32; the
-default job with and without --compile; one update at the size of Qwen3-1.7B, fully and by LoRA:
-memory, throughput, share of the memory bandwidth and of the matmul rate; twenty seeds of seqtask.py
-at once. Prints one JSON line per check with the device's name. Not yet run on a GPU: no number in
-this repository comes from it.
+The CUDA tests; attention with and without cuDNN; first-epoch log-probs in bf16 against fp32; a run
+that is resumed; the default job at three seeds with and without --compile; one update at the sizes
+of Qwen3-0.6B and 1.7B, fully and by LoRA: memory, throughput, share of the memory bandwidth and of
+the matmul rate; transformers' generate at 0.6B beside our sampler, if it is installed; twenty seeds
+of seqtask.py at once. Prints one JSON line per check with the device's name, and goes on after a
+check that fails. Not yet run on a GPU: no number in this repository comes from it.
 """
 import gc
 import json
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -23,9 +26,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 import llm_rlvr
 import pretrained
 import seqtask
+from hf_folder import as_gpt
 
-LAYERS, KV_HEADS, HEAD_DIM = 28, 8, 128                             # Qwen3-1.7B
-B, P, K, T = 16, 64, 16, 512                                        # an update of it
+LAYERS, HEADS, KV_HEADS, HEAD_DIM = 28, 16, 8, 128                  # Qwen3-0.6B and 1.7B
+SIZES = {"0.6B": (1024, 3072), "1.7B": (2048, 6144)}                # width, of the MLP
+VOCABULARY = 151_936
+B, P, K, T = 16, 64, 16, 256                                        # an update of them
 
 
 def show(check, **values):
@@ -74,6 +80,20 @@ def log_probs():
          bf16_minus_fp32=(half - exact).abs().max().item())
 
 
+def resume():
+    """A run of 100 updates, and the same continued from its checkpoint at 50."""
+    with tempfile.TemporaryDirectory() as folder:
+        c = llm_rlvr.Config(steps=100, device="cuda", out=folder)
+        c.folder.mkdir(parents=True)
+        whole, _ = llm_rlvr.Trainer(c).run()
+        (c.folder / "checkpoint.previous.pt").replace(c.folder / "checkpoint.pt")
+        parts, _ = llm_rlvr.Trainer(replace(c, resume=True)).run()
+    rewards = [[r["reward"] for r in log if r["kind"] == "update"] for log in (whole, parts)]
+    first = next((i for i, (a, b) in enumerate(zip(*rewards)) if a != b), None)
+    show("resume", updates=[len(r) for r in rewards], first_reward_that_differs=first,
+         pass1=[log[-1]["pass1_after"] for log in (whole, parts)])
+
+
 def default_job(*flags):
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, ROOT / "llm_rlvr.py", "--algo", "tpo", "--device", "cuda",
@@ -104,12 +124,14 @@ def machine():
     return matmul, copy
 
 
-def large_update(matmul, copy, lora_rank):
+def large_update(size, matmul, copy, lora_rank):
     """The second of two updates; prompts and scores are given, and no completion ends."""
     class Trainer(llm_rlvr.Trainer):
         def build(self):
+            width, hidden = SIZES[size]
             model = llm_rlvr.GPT(llm_rlvr.ModelConfig(
-                21, 2048, LAYERS, heads=16, kv_heads=KV_HEADS, head_dim=HEAD_DIM, hidden=6144))
+                VOCABULARY, width, LAYERS, HEADS, KV_HEADS, HEAD_DIM, hidden))
+            model.lm_head.weight = model.model.embed_tokens.weight          # as in Qwen3
             if lora_rank:
                 pretrained.add_lora(model, lora_rank, torch.bfloat16)
             return SimpleNamespace(encode=list, ends=[-1]), model
@@ -133,10 +155,39 @@ def large_update(matmul, copy, lora_rank):
     sampled, trained = metrics["sample_tok_s"], metrics["train_tok_s"]
     # a step of sampling reads the bf16 weights and the bf16 cache, which is half full on average
     cache = 2 * LAYERS * KV_HEADS * HEAD_DIM * 2 * B * K * (P + T / 2)
-    show(f"1.7B update, LoRA rank {lora_rank}" if lora_rank else "1.7B update", params=params,
+    how = f"by LoRA of rank {lora_rank}" if lora_rank else "fully"
+    show(f"{size} update, {how}", params=params,
          peak_gb=torch.cuda.max_memory_allocated() / 1e9, sample_tok_s=sampled, train_tok_s=trained,
          share_of_bandwidth=sampled / (B * K) * (2 * params + cache) / copy,
          share_of_matmul=trained * (4 if lora_rank else 6) * params / matmul)    # W is frozen
+
+
+def generate():
+    """Sampling by transformers and by us with the same random weights, in bf16."""
+    import transformers
+    width, hidden = SIZES["0.6B"]
+    library = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=hidden,
+        num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM, tie_word_embeddings=True)).to("cuda", torch.bfloat16).eval()
+    prompts = torch.randint(10, (B, P), device="cuda")
+    ours, ends = as_gpt(library).to("cuda"), torch.tensor([-1], device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def rate(work):
+        for _ in range(2):                                          # the first loads what is needed
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                work()
+            torch.cuda.synchronize()
+        return B * K * T / (time.perf_counter() - start)
+
+    show("sampling at 0.6B, tok/s",
+         ours=rate(lambda: llm_rlvr.sample(ours, prompts, K, T, ends, generator)),
+         generate=rate(lambda: library.generate(
+             prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0,
+             num_return_sequences=K, min_new_tokens=T, max_new_tokens=T, pad_token_id=0)))
 
 
 def seeds_at_once(algo, reward):
@@ -146,16 +197,23 @@ def seeds_at_once(algo, reward):
     show(f"seqtask {algo}", ms_per_episode_seed=1e3 * seconds / run.episodes / run.seeds)
 
 
-if __name__ == "__main__":
+def main():
     if not torch.cuda.is_available():
         sys.exit("results/speed/gpu.py: needs a CUDA device")
-    tests()
-    cudnn()
-    log_probs()
-    default_job()
-    default_job("--compile")
-    rates = machine()
-    large_update(*rates, lora_rank=0)
-    large_update(*rates, lora_rank=32)
-    seeds_at_once("tpo", "terminal")
-    seeds_at_once("tpo_token", "bag")
+    checks = [tests, cudnn, log_probs, resume]
+    checks += [partial(default_job, "--seed", str(seed), *flags)
+               for flags in ((), ("--compile",)) for seed in range(3)]
+    matmul, copy = machine()
+    checks += [partial(large_update, size, matmul, copy, rank)
+               for size in SIZES for rank in (0, 32)]
+    checks += [generate, partial(seeds_at_once, "tpo", "terminal"),
+               partial(seeds_at_once, "tpo_token", "bag")]
+    for check in checks:
+        try:
+            check()
+        except Exception as error:                  # borrowed minutes: the rest still counts
+            show(str(check), failed=f"{error!r:.300}")
+
+
+if __name__ == "__main__":
+    main()
