@@ -12,16 +12,15 @@ except ImportError:
     raise SystemExit("plots need matplotlib: pip install matplotlib")
 
 HERE = Path(__file__).parent
-LOGS = ("bandit/*", "seqtask/*", "llm/tpo", "llm/compare", "llm/knights_knaves",
-        "llm/lag", "long/learn", "long/smol")
+STUDIES = "llm/compare", "llm/knights_knaves", "llm/aloud"              # of llm/compare.py
+LOGS = "bandit/*", "seqtask/*", "llm/tpo", *STUDIES, "llm/lag", "long/smol"
 LOOKS = {                                                               # name and color of a curve
     "tpo": ("TPO", "#d62728"), "tpo_token": ("TPO", "#d62728"),
     "tpo anchor 0.1": ("TPO α=.1", "#9467bd"), "tpo anchor 0.25": ("TPO α=.25", "#d62728"),
     "tpo anchor 0.5": ("TPO α=.5", "#d62728"), "tpo anchor 1": ("TPO α=1", "#d62728"),
     "tpo scale 1": ("TPO, scale-free α", "#d62728"),
     "tpo anchor 1 token-mean 1": ("TPO α=1, token means", "#d62728"),
-    "tpo:anchor=1": ("TPO α=1", "#d62728"), "tpo:anchor=0.25": ("TPO α=.25", "#e377c2"),
-    "tpo:anchor=0.05": ("TPO α=.05", "#9467bd"), "tpo:anchor=0": ("TPO α=0", "#17becf"),
+    "tpo:anchor=1": ("TPO α=1", "#d62728"), "tpo:anchor=0": ("TPO α=0", "#17becf"),
     "tpo:anchor=1:length_normalize": ("TPO, token means", "#7f7f7f"),
     "tpo_no_anchor": ("TPO, no anchor", "#e377c2"),
     "grpo": ("GRPO", "#ff7f0e"), "grpo_token": ("GRPO", "#ff7f0e"),
@@ -81,20 +80,16 @@ def llm(records, path):
     labels = {"step": "update", "seconds": "seconds, warm start included"}
     figure, [axes] = panels(1, 2, (11, 3.6))
     for axis, (across, label) in zip(axes, labels.items()):
+        axis.set(xlabel=label, ylim=(0, 1))             # first: labels go to the ends of curves
         draw(axis, {algo: over_seeds(logs, across, "pass1") for algo, logs in runs.items()})
-        axis.set(xlabel=label, ylim=(0, 1))
         axis.set_title(title, fontsize=10)
     save(figure, path)
 
 
 def scoreboard(runs, path):
     """The runs of llm/compare.py: all losses' ends, curves of some, pass@1 against alpha."""
-    found, shown = {}, ["tpo anchor 0.25", "lpo", "maxrl", "rloo", "ppo", "grpo", "dg"]
-    for r in runs:
-        f = r["flags"]
-        name = " ".join([r["algo"], *(f"{key} {f[key]:g}" for key in
-                                      ("anchor", "scale", "token-mean") if key in f)])
-        found.setdefault(name, []).append(r["curve"])
+    found = by_name(runs)
+    shown = ["tpo anchor 0.25", "lpo", "maxrl", "rloo", "ppo", "grpo", "dg"]
     ends = {name: mean_and_se([100 * c[-1]["pass1"] for c in curves])
             for name, curves in found.items()}
     best = sorted(ends, key=ends.get)
@@ -105,40 +100,44 @@ def scoreboard(runs, path):
               color=colors)
     axis.tick_params(axis="y", labelsize=8)
     title = f"{TITLES[runs[0]['task']]}: pass@1 in % after {runs[0]['steps']} updates"
-    axis.set_title(f"{title}, {len(found['lpo'])} seeds", fontsize=10)
+    axis.set_title(f"{title}, {len(found['lpo'])} seeds", fontsize=9)
+    curves.set(xlabel="update", ylim=(0, 1))
     draw(curves, {name: over_seeds(found[name], "step", "pass1")
                   for name in shown if name in found})
-    curves.set(xlabel="update", ylim=(0, 1))
     curves.set_title("pass@1 by update", fontsize=10)
-    names = {alpha: f"tpo anchor {alpha:g}" for alpha in (0.1, 0.25, 0.5, 1)}
-    names = {alpha: name for alpha, name in {0: "lpo", **names}.items() if name in found}
-    for key, label in dict(pass1="pass@1", greedy="greedy", pass4="pass@4").items():
-        values = [mean_and_se([c[-1][key] for c in found[name]]) for name in names.values()]
-        alphas.errorbar(list(names), *zip(*values), marker="o", label=label)
-    alphas.set(xlabel="alpha", ylim=(0, 1))
+    draw_alphas(alphas, found)
     alphas.set_title("TPO by alpha (0: LPO)", fontsize=10)
-    alphas.legend(frameon=False)
     save(figure, path)
 
 
-def compare(runs, path):
-    """The runs of long/long.py and of llm/knights_knaves.jsonl."""
-    columns = {"pass@1 by update": ("step", "pass1"),
-               "pass@1 by seconds": ("seconds", "pass1"),
-               "entropy, nats per token": ("step", "entropy"),
-               "share of informative groups": ("step", "informative")}
-    tasks = list(dict.fromkeys(r["task"] for r in runs))
-    figure, rows = panels(len(tasks), 4, (20, 3.8 * len(tasks)))
-    for task, row in zip(tasks, rows):
-        curves = {}
-        for r in runs:
-            if r["task"] == task:
-                curves.setdefault(r["algo"], []).append(r["curve"])
-        seeds = len(next(iter(curves.values())))
-        for axis, (title, (across, key)) in zip(row, columns.items()):
-            draw(axis, {algo: over_seeds(same, across, key) for algo, same in curves.items()})
-            axis.set_title(f"{task}, {seeds} seeds: {title}", fontsize=10)
-    save(figure, path, dpi=110)
+def by_name(runs):
+    """The curves of llm/compare.py's runs by the entry's name there."""
+    found = {}
+    for r in runs:
+        f = r["flags"]
+        name = " ".join([r["algo"], *(f"{key} {f[key]:g}" for key in
+                                      ("anchor", "scale", "token-mean") if key in f)])
+        found.setdefault(name, []).append(r["curve"])
+    return found
+
+
+def draw_alphas(axis, found):
+    names = {0: "lpo"} | {alpha: f"tpo anchor {alpha:g}" for alpha in (0.1, 0.25, 0.5, 1)}
+    names = {alpha: name for alpha, name in names.items() if name in found}
+    for key, label in dict(pass1="pass@1", greedy="greedy", pass4="pass@4").items():
+        values = [mean_and_se([c[-1][key] for c in found[name]]) for name in names.values()]
+        axis.errorbar(list(names), *zip(*values), marker="o", label=label)
+    axis.set(xlabel="alpha", ylim=(0, 1))
+    axis.legend(frameon=False)
+
+
+def alpha(studies, path):
+    """TPO by alpha on the tasks of llm/compare.py."""
+    figure, [axes] = panels(1, len(studies), (4.5 * len(studies), 3.6))
+    for axis, runs in zip(axes, studies):
+        draw_alphas(axis, by_name(runs))
+        axis.set_title(f"{TITLES[runs[0]['task']]}, {runs[0]['steps']} updates", fontsize=10)
+    save(figure, path)
 
 
 def smol(runs, path):
@@ -255,12 +254,18 @@ def draw(axis, curves, floor=0):
         axis.text(1.02, height, name, color=color, transform=axis.transAxes, va="center")
 
 
+def read(log):
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
 if __name__ == "__main__":
     recorded = [log for name in LOGS for log in sorted(HERE.glob(f"{name}.jsonl"))]
-    kinds = {"preset": seq, "warm_steps": llm, "rewards": smol, "setting": compare}
+    kinds = {"preset": seq, "warm_steps": llm, "rewards": smol}
     for log in map(Path, sys.argv[1:] or recorded):
-        records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        records = read(log)
         figure = next((kinds[key] for key in kinds if key in records[0]), bandit)
         if "flags" in records[0]:
             figure = lag if "lag" in records[0]["flags"] else scoreboard
         figure(records, log.with_suffix(".png"))
+    if not sys.argv[1:]:
+        alpha([read(HERE / f"{name}.jsonl") for name in STUDIES], HERE / "llm/alpha.png")

@@ -13,6 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -84,12 +85,14 @@ def record():
 
 
 def table():
-    """pass@1 in % after the last update, mean and s.e. over seeds."""
-    print("| method |", *(f"lag {lag} |" for lag in LAGS), "\n|" + "---|" * (1 + len(LAGS)))
+    """pass@1 in % after the last update, mean and s.e. over seeds, and the mean of greedy."""
+    columns = [*(f"lag {lag}" for lag in LAGS), f"greedy at lag {LAGS[-1]}"]
+    print("|", " | ".join(["method", *columns]), "|\n|" + "---|" * (1 + len(columns)))
     for algo in METHODS:
-        ends = [[r["pass1_after"] for r in read(FILE)
-                 if (r["algo"], r["flags"]["lag"]) == (algo, lag)] for lag in LAGS]
-        print("|", " | ".join((algo, *(percent(x) if len(x) > 1 else "-" for x in ends))), "|")
+        runs = [[r for r in read(FILE) if (r["algo"], r["flags"]["lag"]) == (algo, lag)]
+                for lag in LAGS]
+        print("|", " | ".join([algo, *(percent([r["pass1_after"] for r in same]) for same in runs),
+                               f"{100 * mean(r['greedy_after'] for r in runs[-1]):.1f}"]), "|")
 
 
 if __name__ == "__main__":
