@@ -221,8 +221,9 @@ def record(study):
 
 def chosen(entry, study):
     """The recorded runs of an entry at its best setting."""
-    return [r for r in read(HERE / study.file) if part(r["flags"], NAMED) == entry
-            and [part(r["flags"], TUNABLE)] == best(entry, study)]
+    setting = best(entry, study)
+    return [r for r in read(HERE / study.file)
+            if part(r["flags"], NAMED) == entry and [part(r["flags"], TUNABLE)] == setting]
 
 
 def percent(values):
