@@ -34,7 +34,7 @@ def study(model):
     """Small updates of a real model: 40 of 2 prompts x 16 completions of at most 64 tokens."""
     return Study("../long/smollm2_tune.jsonl", "../long/smollm2.jsonl",
                  {"task": "rg:gcd", "steps": 40, "prompts": 2, "epochs": 1,
-                  "max-new-tokens": 64, "eval-every": 40, "eval-puzzles": 32, "device": "cpu"},
+                  "max-new-tokens": 64, "eval-every": 40, "eval-puzzles": 16, "device": "cpu"},
                  ENTRIES, lambda entry: [{"lr": lr} for lr in (3e-5, 6e-5)], tuning=(0,),
                  seeds=(50, 51, 52), script=f"results/long/long.py run {model}",
                  series=("reward", "tokens", "drift"),
@@ -124,6 +124,7 @@ def smol(model):
 
 
 def run(*argv):
+    torch.set_float32_matmul_precision("medium")    # products in bf16 where a CPU has them, as AMX
     pretrained.main(list(argv), variant(pretrained.Pretrained))
 
 
