@@ -11,8 +11,8 @@ multi   Fig. 3: 100 contexts x 10 arms, exact population gradients, one global s
 mnist   Fig. 4: one sampled label per image, reward 1 if right; MLP 784-50-50-10, Adam
 error = 1 - pi(y), mnist: test error. misalignment = 1 - cos(g, the oracle's g) for the update g in
 logit space; the oracle is CE, in single pi(y) times CE. All S seeds run in one batch of tensors,
-each with a random stream of its own; B = batch of actions. The later losses of baselines.py, oapl
-and kondo excepted, take GRPO's step in single, and in multi PG's, CE's or GRPO's.
+each with a random stream of its own; B = batch of actions. The later losses of baselines.py take
+GRPO's step in single, ddpg, oapl and kondo apart; in multi, lpo apart, PG's, CE's or GRPO's.
 """
 import argparse
 import gzip
@@ -102,7 +102,7 @@ def beta(algo, p, eta):
     return {"ce": lambda: torch.ones_like(p),
             "pg": lambda: p,
             "dg": lambda: p * torch.sigmoid(-p.log() / eta),
-            "grpo": lambda: (p / (1 - p)).sqrt(),                # p / sigma of the reward
+            "grpo": lambda: (p / (1 - p).clamp(min=1e-16)).sqrt(),      # p / sigma of the reward
             "tpo": lambda: beta_plus(p, eta)}[algo]()
 
 
@@ -185,7 +185,7 @@ def surplus(algo, pi, y, eta):
 def network(rng, n_in):
     """Zero biases, LeCun-normal weights truncated at 2 sigma, flax's default; .88 is its sigma."""
     for n, m in ((n_in, 50), (50, 50), (50, 10)):
-        weight = torch.nn.init.trunc_normal_(torch.empty(n, m), std=1, a=-2, b=2, generator=rng)
+        weight = torch.nn.init.trunc_normal_(torch.empty(n, m), generator=rng)
         yield weight / 0.87962566 / n**0.5
         yield torch.zeros(1, m)
 
@@ -382,7 +382,7 @@ def parse(argv):
         fail(f"{unknown[0]} is not a flag; the flags are "
              + " ".join("--" + f.name for f in fields(Config)))
     cfg = Config(**vars(given))
-    tasks = list(ALGOS) if cfg.task == "all" else cfg.task.split(",")
+    tasks = list(ALGOS) if cfg.task == "all" else list(dict.fromkeys(cfg.task.split(",")))
     algos = ALGOS["mnist"] if cfg.algo == "all" else cfg.algo.split(",")
     runs = [(task, algo) for task in tasks for algo in ALGOS.get(task, ()) if algo in algos]
     of_tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in ALGOS.items())

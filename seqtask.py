@@ -53,11 +53,11 @@ PRESETS = {
     "table3": f"{TERMINAL} --length 7,8,9,10 --match prompts,interactions",
     "fig8": f"{TERMINAL} --algo tpo,tpo_no_anchor,group_pg,grpo_no_kl",
     "eta": f"{DENSE} --algo tpo_token --eta .25,.5,1,2,4",
-    "ksweep": f"{SECTION4} --candidates 4,8,16,32,64",
-    "epochs": f"{SECTION4} --epochs 1,2,4,8,16",
-    "masking": f"{SECTION4} --algo tpo,grpo,grpo_masked",
+    "ksweep": f"{SECTION4} --candidates 4,8,16,32,64 --seeds 30",
+    "epochs": f"{SECTION4} --epochs 1,2,4,8,16 --seeds 30",
+    "masking": f"{SECTION4} --algo tpo,grpo,grpo_masked --seeds 30",
     "dg-epochs": f"{SECTION4} --algo dg --dg-epochs 1,4",
-    "section4": f"{SECTION4} --diagnostics"}
+    "section4": f"{SECTION4} --diagnostics --seeds 10"}
 flag = lambda default, help: field(default=default, metadata={"help": help})
 
 
@@ -72,12 +72,12 @@ class Config:
     vocab: str = flag("2", "V, tokens to choose from *")
     candidates: str = flag("8", "K, candidates in a group *")
     batch: int = flag(100, "B, prompts per episode")
-    epochs: str = flag("4", "gradient epochs per batch, dg's aside; pg, rloo, maxrl: made for 1 *")
-    dg_epochs: str = flag("1", "the same for dg and ddpg *")
+    epochs: str = flag("4", "gradient epochs, dg's aside; some losses are made for 1: baselines.py *")
+    dg_epochs: str = flag("1", "the same for dg and ddpg, which are one here *")
     eta: str = flag("1", "temperature of TPO's target and of DG's gate, and REBEL's eta *")
     lr: float = flag(1e-3, "learning rate of Muon and of AdamW")
     episodes: int = flag(300, "batches of rollouts")
-    seeds: int = flag(3, "seeds, 0 and up")
+    seeds: int = flag(3, "how many, numbered from 0")
     match: str = flag("prompts", "prompts; interactions: lone rollouts get B * K, lr * sqrt(K) *")
     diagnostics: bool = flag(False, "also record gradient norms, group shares and weights")
     device: str = flag("cpu", "cpu or cuda")
@@ -85,7 +85,7 @@ class Config:
 
 
 class Run(namedtuple("Run", "target reward algo length vocab candidates batch epochs eta lr match "
-                            "seeds episodes")):
+                            "seeds episodes diagnostics", defaults=[False])):
     """One algorithm at one setting: a cell of the grid that the comma lists span."""
 
     @property
@@ -108,7 +108,7 @@ class Run(namedtuple("Run", "target reward algo length vocab candidates batch ep
 
 
 # ---- the algorithm: sample, score, weigh, fit ----------------------------------------------------
-def episode(run, P, optimizer, prompts, uniform, started, diagnose=False):
+def episode(run, P, optimizer, prompts, uniform, started):
     """One batch of rollouts and its gradient epochs. prompts (S, B, H), uniform (S, B, n, H);
     started (S,), bool, tells which seeds have ever had a gradient, and is updated. Returns notes,
     each (S,): the error and the diagnostics."""
@@ -132,7 +132,7 @@ def episode(run, P, optimizer, prompts, uniform, started, diagnose=False):
             if epoch > 0:
                 w = weights(run, logp.detach(), old, scores)
             (w.where(kept[..., None, None], 0) * logp).sum().backward()
-        if epoch == 0 and diagnose:
+        if epoch == 0 and run.diagnostics:
             norm = sum(p.grad.flatten(1).square().sum(1) for p in P.values()).sqrt()
             notes |= diagnostics(run, norm, old, scores)
         for o in optimizer:
@@ -141,8 +141,7 @@ def episode(run, P, optimizer, prompts, uniform, started, diagnose=False):
 
 
 def sample(run, P, prompts, uniform):
-    """Answers y (S, N, H); the tokens to weigh (S, N, H, C), C = 1 those of y, or C = K next ones;
-    and their log-probs."""
+    """Answers y (S, N, H); tokens to weigh (S, N, H, C): y's, C = 1, or K next ones; their logp."""
     y, logp = rollout(P, prompts, uniform[:, :, :run.K].flatten(1, 2))
     choice = y[..., None]
     if run.algo in TOKEN:                               # the first candidate is the one written
@@ -444,13 +443,13 @@ class Seeds:
         tensors = *self.P.values(), *muon.momentum.values(), self.started
         self.tensors = [x.detach() for x in tensors]    # of the same memory
 
-    def episode(self, run, diagnose):
+    def episode(self, run):
         """The notes of one more episode, each (S,)."""
         B, H, n = run.batch * run.scale, run.length, 1 if run.algo in SINGLE else run.candidates
         draw = lambda make: torch.stack(list(map(make, self.rngs))).to(self.started.device)
         prompts = draw(lambda rng: torch.randint(run.vocab, (B, H), generator=rng))
         uniform = draw(lambda rng: torch.rand(B, n, H, generator=rng))
-        return episode(run, self.P, self.optimizer, prompts, uniform, self.started, diagnose)
+        return episode(run, self.P, self.optimizer, prompts, uniform, self.started)
 
     def state(self):
         return {"tensors": self.tensors, "adam": self.adam.state_dict(),
@@ -464,14 +463,14 @@ class Seeds:
             rng.set_state(was)
 
 
-def train(run, device, share, diagnose=False, checkpoints=()):
+def train(run, device, share, checkpoints=()):
     """Errors (episodes, S) of all seeds, the diagnostics {name: (episodes, S)}, and seconds. With
     share (for CPUs) each seed runs by itself: a batch of them is as large as the largest tree (tpo
     at H = 10: 0.53 s an episode, not 0.32). With two paths as checkpoints, the state goes to the
     first each minute, what stood there to the second, and the same run goes on from there."""
     groups = [[s] for s in range(run.seeds)] if share else [range(run.seeds)]
     parts = [Seeds(run, seeds, device) for seeds in groups]
-    kind, rows, saved = [*run, diagnose, share], [], load(checkpoints)     # a row per episode
+    kind, rows, saved = [*run, share], [], load(checkpoints)     # a row per episode
     start = said = written = time.monotonic()
     if saved and saved["kind"] == kind:
         for part, was in zip(parts, saved["parts"]):
@@ -481,7 +480,7 @@ def train(run, device, share, diagnose=False, checkpoints=()):
     elif saved:
         print(f"  {saved['path']} is of another run, and replaced in a minute")
     for done in range(len(rows) + 1, run.episodes + 1):
-        each = [part.episode(run, diagnose) for part in parts]
+        each = [part.episode(run) for part in parts]
         rows.append({name: torch.cat([row[name] for row in each]) for name in each[0]})
         now = time.monotonic()
         if now - said > 10 or done == run.episodes:
@@ -582,8 +581,7 @@ def write(data, path, previous=None):
     except OSError as error:
         fail(f"--out: cannot write {path} ({error}); what stood there is intact")
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def save(checkpoints, state):
@@ -599,8 +597,8 @@ def load(checkpoints):
     for path in filter(Path.exists, checkpoints):
         data = path.read_bytes()
         if sha256(data[32:]).digest() != data[:32]:
-            fail(f"--out: {path} is damaged (its checksum differs): delete it to go on from "
-                 f"{checkpoints[1]} or, without that, from the start")
+            fail(f"--out: {path} is damaged (its checksum differs): delete it to go on from the "
+                 "one before it or, without that, from the start")
         return torch.load(io.BytesIO(data[32:]), "cpu", weights_only=True) | {"path": path}
     return {}
 
@@ -610,8 +608,8 @@ def read(path):
     try:
         text = path.read_text(encoding="utf-8") if path and path.exists() else ""
         log = [json.loads(line) for line in text.splitlines()]
-        results = [r for r in log if r["kind"] == "result"]
-        return log, {Run(*(r[name] for name in Run._fields)): r for r in results}
+        return log, {Run(**{name: r[name] for name in Run._fields if name in r}): r
+                     for r in log if r["kind"] == "result"}
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"--out {path}: holds no log of seqtask.py ({error}); give another file")
 
@@ -625,7 +623,8 @@ def values(cfg, name):
                "device": ["cpu"] + ["cuda"] * torch.cuda.is_available()}.get(name)
     kind = str if allowed else float if name in ("eta", "lr") else int
     try:
-        entries = [kind(entry) for entry in str(given).split(",")]
+        lone = name in ("preset", "device")             # these take no comma list
+        entries = [kind(x) for x in ([given] if lone else str(given).split(","))]
         fine = all(x in allowed if allowed else 0 < x < torch.inf for x in entries)
     except ValueError:                                  # no number
         fine = False
@@ -662,20 +661,22 @@ def parse(argv):
 
 def grid(cfg):
     """The runs of all combinations, algo changing faster than all but epochs."""
-    names = [name for name in Run._fields if name not in ("algo", "epochs")] + ["algo"]
+    names = "target reward length vocab candidates batch eta lr match seeds episodes algo".split()
     runs = []
     for cell in product(*(values(cfg, name) for name in names)):
         setting = dict(zip(names, cell))
+        if setting["algo"] not in SINGLE:               # a group has its K rollouts either way
+            setting["match"] = "prompts"
         for epochs in values(cfg, "dg_epochs" if setting["algo"] in ("dg", "ddpg") else "epochs"):
-            runs.append(Run(epochs=epochs, **setting))
-            check(cfg, runs[-1])
-    return runs
+            runs.append(Run(epochs=epochs, diagnostics=cfg.diagnostics, **setting))
+            check(runs[-1])
+    return list(dict.fromkeys(runs))
 
 
-def check(cfg, run):
+def check(run):
     """Settings that are fine one by one but not together."""
     algo, reward = f"--algo {run.algo}", f"--reward {run.reward}"
-    if cfg.diagnostics and run.algo not in GROUPED:
+    if run.diagnostics and run.algo not in GROUPED:
         fail(f"--diagnostics with {algo}: allowed are {', '.join(GROUPED)}")
     if run.algo in TOKEN and run.reward == "terminal":
         fail(f"{algo} with {reward}: a token has no reward of its own; allowed are bag, sequential")
@@ -685,8 +686,7 @@ def check(cfg, run):
         fail(f"--candidates 1 with {algo}: a group needs 2; allowed are {', '.join(SINGLE)}")
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv):
     cfg, runs = parse(argv)
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")    # else sums in MKL depend on addresses:
     out = Path(cfg.out).resolve() if cfg.out else None  # resumes would differ
@@ -700,7 +700,7 @@ def main(argv=None):
             if run in results:
                 print(f"  is in {out} already: not run again")
                 continue
-            trained = train(run, cfg.device, cfg.device == "cpu", cfg.diagnostics, checkpoints)
+            trained = train(run, cfg.device, cfg.device == "cpu", checkpoints)
             log += records(run, *trained)
             results[run] = log[-1]
             if out:
@@ -713,7 +713,7 @@ def main(argv=None):
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace", line_buffering=True)   # a locale may have no ±
     try:
-        main()
+        main(sys.argv[1:])
     except BrokenPipeError:                             # what reads the output, | head, has gone
         os._exit(1)
     except KeyboardInterrupt:
