@@ -25,6 +25,7 @@ TERM = re.compile(r"[ %_$)}]*(?:(?:[-+x\xd7\xb7/^]|(?<!\*)\*(?!\*)|\\times|\\cdo
                   r"[ _$(\\{]*[\d.]|\\pi|\u03c0|\\sqrt|\u221a)|:\d")
 FRAC = re.compile(rf"\\[cdt]?frac ?(?:\{{ ?(-?{DIGITS}) ?\}} ?\{{ ?(-?{DIGITS}) ?\}}|(\d) ?(\d))")
 SIGNS = str.maketrans("\u2010\u2011\u2013\u2212\ufe63\uff0d", "------")
+SIGNS |= {ord(c): f" {n}/{d}" for c, n, d in ("\xbd12", "\xbc14", "\xbe34", "\u215313", "\u215423")}
 RAISED = str.maketrans("\u207b\u2070\xb9\xb2\xb3\u2074\u2075\u2076\u2077\u2078\u2079",
                        "-0123456789")
 
@@ -77,7 +78,10 @@ def inside(text, depth):
 
 
 def result(text):
-    """Behind the last "=" where one number stands; without one the first number, if it is alone."""
+    """Behind the last "=" where one number stands; without one the first number, if it is alone.
+    The reasons behind "because" do not count."""
+    claim = re.split(r"\b(?:because|since)\b", text, maxsplit=1)[0]
+    text = claim if NUMBER.search(claim) else text
     for side in reversed(EQUALS.split(text)):
         first = NUMBER.search(side)
         if first and not TERM.match(side, first.end()):
@@ -106,14 +110,14 @@ def number_or_text(answer):
     """A Decimal as it is, a text that is a number as one, any other text; None if it is blank."""
     if isinstance(answer, Decimal):
         return answer
-    match = NUMBER.fullmatch(tidy(answer).strip())
+    match = NUMBER.fullmatch(tidy(answer).strip(" $%").removeprefix("+"))
     number = value(match) if match else None
     return number if number is not None else answer if answer.strip() else None
 
 
 def final_lines(text, several):
-    """Lines behind the last "answer:", all or the last one; without case and blank lines."""
-    text = "\n".join(line.strip() for line in ["", *text.casefold().splitlines()])
-    lines = [line.strip() for line in text.rpartition("\nanswer:")[2].splitlines()]
-    lines = [line for line in lines if line]
+    """Lines behind the last "answer:", all or the last one; without case, marks, blank lines."""
+    text = re.split(r"(?:^|\n)[ >*_#]*(?:final )?answer[*_ ]*:", text.casefold())[-1]
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip(" *_`.") or line for line in lines if line]
     return lines if several else lines[-1:]

@@ -47,7 +47,8 @@ class Config(llm_rlvr.Config):
     steps: int = again("steps", 100)
     prompts: int = again("prompts", 16)                 # and the learning rate: the paper's
     epochs: int = again("epochs", 1)
-    lr: float = flag(1e-5, "AdamW learning rate: rises over 30 updates, then falls to 0", 1e-12, 1)
+    lr: float = flag(1e-5, "AdamW learning rate: rises over 30 updates, then falls to 0; LoRA's "
+                           "weights want about 10 times as much", 1e-12, 1)
     anchor: float = again("anchor", 0.0)                # results/long/README.md says why
     eval_every: int = again("eval_every", 10)
     eval_puzzles: int = again("eval_puzzles", 64)

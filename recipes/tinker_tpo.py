@@ -5,14 +5,15 @@
     uv run --extra tinker --extra NAME -m skyrl.tinker.api --base-model Qwen/Qwen3-0.6B \\
         --backend NAME --backend-config 'FLAGS'            serves it (NAME, FLAGS below)
     python recipes/tinker_tpo.py --check                   an example: adds numbers
-Your own task is a file that ends with these two lines, and takes the same flags:
+Your own task is a file beside this one that ends with these lines, and takes the same flags:
     import tinker_tpo
     tinker_tpo.main(prompt, reward)      prompt(rng) -> (text, key), reward(key, answer) -> float
 
 The loss runs here. The engine samples, returns log-probs, takes dL/dlogp and steps Adam on LoRA:
-    sample     K completions of each prompt; l_old = their log-probs there, s = rewards: both stay
+    sample     K completions of each prompt, s = rewards; one cut off at --max-tokens scores 0
     leave out  groups of equal scores, on every epoch: loss and KL are means over the others
-    epochs     l = log-probs now, tpo_loss(l, l_old, s), its slopes back, Adam
+    epochs     l = log-probs now, l_old = the first epoch's (the sampler's differ by rounding, which
+               adds up over tokens); tpo_loss(l, l_old, s), its slopes back, Adam
 Two ways take the slopes back, and both are meant to be the gradient of -sum_t w_t logp_t:
     custom      the SDK's forward_backward_custom: loss "cross_entropy", weights w = -dL/dlogp
     importance  loss "importance_sampling" at ratio 1: weights 1/T, advantages T w, T tokens
@@ -29,9 +30,7 @@ fsdp      not run. {"trainer.placement.policy_num_gpus_per_node": 8,
 megatron  not run. The same, and "trainer.policy.megatron_config.tensor_model_parallel_size": 8.
 By their source these two (Ray, vLLM, CUDA) add up, so both ways are right, if their temperature,
 entropy and KL stay as they are; but they fix betas and eps at the start: --check cannot judge them.
-Thinking Machines' own service was not tried. SkyRL's own trainer hands an estimator no log-probs:
-anchor 0 and one epoch, with verl_tpo.py's advantages in AdvantageEstimatorRegistry.register("tpo",
-f) of skyrl.backends.skyrl_train.utils.ppo_utils and loss_reduction "seq_mean_token_sum_norm".
+Thinking Machines' own service was not tried. For SkyRL's own trainer see verl_tpo.py.
 """
 import argparse
 import math
@@ -66,7 +65,7 @@ def encode(tokenizer, text):
 
 
 def rollout(training, tasks, reward, K, max_tokens, seed):
-    """K samples of each (text, key) -> rows (prompts * K), logp_old and scores (prompts, K).
+    """K samples of each (text, key) -> rows (prompts * K) and scores (prompts, K).
 
     A row's weights are 1 on the completion, end token included. The engine's log-probs are those
     at temperature 1, whatever it samples at: so it samples at 1.
@@ -78,7 +77,7 @@ def rollout(training, tasks, reward, K, max_tokens, seed):
         params = tinker.SamplingParams(max_tokens=max_tokens, stop=[tokenizer.eos_token_id],
                                        temperature=1.0, seed=seed + i * K)   # sample j: seed + j
         asked.append(sampler.sample(tinker.ModelInput.from_ints(prompt), K, params))
-    rows, logp_old, scores = [], [], []
+    rows, scores = [], []
     for prompt, (_, key), samples in zip(prompts, tasks, asked):
         for sample in samples.result().sequences:
             ids = prompt + sample.tokens                                               # (P + T,)
@@ -86,25 +85,29 @@ def rollout(training, tasks, reward, K, max_tokens, seed):
             rows.append(tinker.Datum(
                 model_input=tinker.ModelInput.from_ints(ids[:-1]), loss_fn_inputs={
                     "target_tokens": torch.tensor(ids[1:]), "weights": completion.float()}))
-            logp_old.append(sum(sample.logprobs))
             ended = sample.tokens[-1:] == [tokenizer.eos_token_id]
             answer = tokenizer.decode(sample.tokens[:-1] if ended else sample.tokens)
-            score = reward(key, answer)
+            score = reward(key, answer) if ended else 0.0
             if not (isinstance(score, Real) and math.isfinite(score)):
                 sys.exit(f"reward({key!r}, {answer!r}) gave {score!r}: allowed are finite numbers")
             scores.append(float(score))
-    return rows, torch.tensor(logp_old).view(-1, K), torch.tensor(scores).view(-1, K)
+    return rows, torch.tensor(scores).view(-1, K)
 
 
-def make_loss(logp_old, scores, eta, anchor):
-    """(groups, K) -> loss_fn(rows, their log-probs) -> loss, {"loss", "KL"}."""
-    q = tpo_target(logp_old, scores, eta, anchor)
-    floor = torch.special.entr(q).sum(-1).mean()                   # KL(q || p) = loss - H(q)
+def make_loss(scores, eta, anchor):
+    """(groups, K) -> loss_fn(rows, their log-probs) -> loss, {"loss", "KL"}. Its first call's
+    log-probs, of the policy that sampled, are l_old."""
+    first = []
 
     def loss_fn(rows, logps):
-        sums = torch.stack([(logp * row.loss_fn_inputs["weights"].to_torch()).sum()
-                            for row, logp in zip(rows, logps, strict=True)])
-        loss = tpo_loss(sums.view_as(scores), logp_old, scores, eta, anchor)
+        l = torch.stack([(logp * row.loss_fn_inputs["weights"].to_torch()).sum()
+                         for row, logp in zip(rows, logps, strict=True)]).view_as(scores)
+        if not first:
+            first.append(l.detach())
+        l_old, = first
+        q = tpo_target(l_old, scores, eta, anchor)
+        floor = torch.special.entr(q).sum(-1).mean()                # KL(q || p) = loss - H(q)
+        loss = tpo_loss(l, l_old, scores, eta, anchor)
         return loss, {"loss": loss.item(), "KL": (loss - floor).item()}
     return loss_fn
 
@@ -214,17 +217,17 @@ def main(prompt, reward, argv=None):
         return rollout(training, tasks, reward, K, flags.max_tokens, rng.randrange(2**30))
 
     if flags.check:                                                 # on an adapter thrown away
-        rows, logp_old, scores = sample(training := new())
+        rows, scores = sample(training := new())
         noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(flags.seed))
-        way = check(training, rows, make_loss(logp_old, noise, flags.eta, flags.anchor))
+        way = check(training, rows, make_loss(noise, flags.eta, 0.0))       # far from its target
     training = new()
     for update in range(1, flags.updates + 1):
-        rows, logp_old, scores = sample(training)
+        rows, scores = sample(training)
         told = standardize(scores).abs().amax(-1) > 0                                 # (prompts,)
         rows = [row for i, row in enumerate(rows) if told[i // K]]
         KL = []
         if rows:
-            loss_fn = make_loss(logp_old[told], scores[told], flags.eta, flags.anchor)
+            loss_fn = make_loss(scores[told], flags.eta, flags.anchor)
             for _ in range(flags.epochs):
                 KL.append(backward(training, rows, loss_fn, way)["KL"])
                 training.optim_step(adam).result()

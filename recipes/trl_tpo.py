@@ -2,7 +2,7 @@
 
     pip install trl==1.16.0
 
-    from trl_tpo import TargetPOTrainer
+    from trl_tpo import TargetPOTrainer                      # beside it, or PYTHONPATH=recipes
     args = GRPOConfig(num_generations=16, per_device_train_batch_size=16, num_iterations=2,
                       max_completion_length=256)
     TargetPOTrainer(model, reward_funcs=reward, train_dataset=dataset, args=args,
@@ -21,6 +21,7 @@ number of epochs (num_iterations), steps per rollout, micro-batches of whole gro
 - Whatever else would change GRPO's loss, the sampling or the rows is refused in one line, and so is
   a library that replaces compute_loss, as Unsloth does. use_vllm is allowed (it was not run) with
   vllm_importance_sampling_correction=False.
+- Dropout is turned off, LoRA's too: two masks are nats apart in the log-prob of a completion.
 Run with TRL 1.16.0 and 1.14.2, in two processes with DDP too (checked.txt); 1.15.0 wants Triton
 where there is no GPU, older ones are refused. FSDP, images and DeepSpeed, which takes its own
 steps, were not run.
@@ -85,6 +86,8 @@ def refuse(args):
         if evaluates and getattr(args, rows) % K:
             raise ValueError(f"{rows} {getattr(args, rows)} splits groups: it must be a multiple "
                              f"of num_generations {K}")
+    if args.fp16 and not args.max_grad_norm:
+        raise ValueError("fp16 without max_grad_norm: GradScaler fails on a step without gradient")
     for name, needed in (NEEDED | {n: getattr(GRPOConfig, n, None) for n in UNKNOWN}).items():
         value = getattr(args, name)
         if value != needed and (args.use_vllm or not name.startswith("vllm")):
@@ -123,15 +126,20 @@ class TargetPOTrainer(GRPOTrainer):
     """tpo_loss: mean over the prompts of a micro-batch, then over micro-batches and processes."""
 
     def __init__(self, *args, eta=1.0, anchor=0.0, **kwargs):
+        if not (eta > 0 and 0 <= anchor <= 1):
+            raise ValueError(f"eta {eta}, anchor {anchor}: allowed are eta above 0, anchor 0 to 1")
         super().__init__(*args, **kwargs)
         refuse(self.args)
         refuse_model(self)
+        grpo_trainer.disable_dropout_in_model(self.model)
         self.eta, self.anchor = eta, anchor
         self.add_callback(SkipStepsWithoutGradient())
 
     def _calculate_rewards(self, *args):
         rewards = super()._calculate_rewards(*args)          # (rows of all processes, functions)
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        if total.isinf().any():
+            raise ValueError("a reward is infinite: allowed are finite numbers and None")
         self.scores = total.masked_fill(rewards.isnan().all(1), torch.nan)
         return rewards
 

@@ -16,9 +16,9 @@ verl 0.9.1 hands them to one estimator only, the one named gdpo. So this file ta
 dL/dl = p - q, and (w * l).sum() with w = tpo_weights has tpo_loss's gradient, here at l = l_old:
 one epoch (ppo_epochs 1) and one mini-batch (ppo_mini_batch_size = train_batch_size), as a second
 would need another w. gpg is -A log pi without ratio or clip; seq-mean-token-sum adds tokens, then
-divides by the number of sequences, so an advantage of -w * sequences / prompts gives the mean over
-prompts, in any micro-batches. Sample at temperature 1 without top-k/top-p, and leave
-algorithm.rollout_correction off. A group with equal scores has exactly zero advantage.
+divides by the number of sequences, padding too, so an advantage of -w * sequences / prompts gives
+the mean over prompts, in any micro-batches. Sample at temperature 1 without top-k/top-p. A group
+with equal scores has exactly zero advantage.
 
 SkyRL's own trainer (skyrl 0.3.0) takes the same function, at anchor 0 and with eta 1:
 
@@ -31,7 +31,9 @@ SkyRL's own trainer (skyrl 0.3.0) takes the same function, at anchor 0 and with 
     # trainer.algorithm.use_kl_loss=false trainer.algorithm.use_kl_in_reward=false
     # trainer.update_epochs_per_batch=1 trainer.policy_mini_batch_size=<trainer.train_batch_size>
 
-That reduction divides a sum over tokens by sequences * max_seq_len: 1 makes it the mean.
+That reduction divides a sum over tokens by sequences * max_seq_len: 1 makes it the mean. Have
+train_batch_size * n_samples_per_prompt a multiple of the number of data-parallel processes: the
+rows that SkyRL would pad with are copies of a real one, each with a prompt number of its own.
 verl shows an estimator only algorithm.*: the actor's settings above are not checked.
 """
 import importlib.util
@@ -53,12 +55,17 @@ def tpo_advantage(token_level_rewards, response_mask, index, config=None, batch=
     """
     given = config or {}
     eta, anchor = given.get("tpo_eta", 1.0), given.get("tpo_anchor", 0.0)
+    correction = given.get("rollout_correction") or {}
     if given.get("use_kl_in_reward"):
         raise ValueError("algorithm.use_kl_in_reward changes the scores: TPO needs False")
-    if eta <= 0:
-        raise ValueError(f"algorithm.tpo_eta {eta}: allowed are numbers above 0")
+    if any(correction.get(name) for name in ("rollout_is", "rollout_rs", "bypass_mode")):
+        raise ValueError("algorithm.rollout_correction changes the weights: TPO needs it off")
+    if not (eta > 0 and 0 <= anchor <= 1):
+        raise ValueError(f"tpo_eta {eta}, tpo_anchor {anchor}: allowed are eta above 0, anchor 0 "
+                         "to 1")
     mask = response_mask.bool()
-    scores, logp_old = token_level_rewards.sum(-1), torch.zeros(len(index))          # (rows,)
+    scores = token_level_rewards.sum(-1)                                             # (rows,)
+    logp_old = torch.zeros_like(scores)
     if batch is not None:
         logp_old = batch["old_log_probs"].float().masked_fill(~mask, 0).sum(-1)
     elif anchor != 0:
@@ -69,9 +76,9 @@ def tpo_advantage(token_level_rewards, response_mask, index, config=None, batch=
         groups.setdefault(index[row], []).append(row)
     advantages = torch.zeros_like(scores)
     for rows in groups.values():
-        l = logp_old[rows].to(scores)                                                # (K,)
+        l = logp_old[rows]                                                           # (K,)
         advantages[rows] = -tpo_weights(l, l, scores[rows], eta, anchor)
-    advantages *= mask.any(-1).sum() / max(1, len(groups))      # a mean over rows -> over prompts
+    advantages *= len(index) / max(1, len(groups))          # a mean over rows -> over prompts
     advantages = advantages[:, None] * response_mask
     return advantages, advantages
 
