@@ -1,5 +1,6 @@
 """Draw the recorded runs as PNGs beside them: python results/plot.py [FILE.jsonl ...]"""
 import json
+import math
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,15 +14,13 @@ except ImportError:
 
 HERE = Path(__file__).parent
 STUDIES = "llm/compare", "llm/knights_knaves", "llm/aloud"              # of llm/compare.py
-LOGS = "bandit/*", "seqtask/*", "llm/tpo", *STUDIES, "llm/lag", "long/smol"
+LOGS = "bandit/*", "seqtask/*", "llm/tpo", *STUDIES, "llm/lag", "long/smollm2"
 LOOKS = {                                                               # name and color of a curve
     "tpo": ("TPO", "#d62728"), "tpo_token": ("TPO", "#d62728"),
-    "tpo anchor 0.1": ("TPO α=.1", "#9467bd"), "tpo anchor 0.25": ("TPO α=.25", "#d62728"),
+    "tpo anchor 0": ("TPO α=0", "#17becf"), "tpo anchor 0.1": ("TPO α=.1", "#9467bd"), "tpo anchor 0.25": ("TPO α=.25", "#d62728"),
     "tpo anchor 0.5": ("TPO α=.5", "#d62728"), "tpo anchor 1": ("TPO α=1", "#d62728"),
     "tpo scale 1": ("TPO, scale-free α", "#d62728"),
-    "tpo anchor 1 token-mean 1": ("TPO α=1, token means", "#d62728"),
-    "tpo:anchor=1": ("TPO α=1", "#d62728"), "tpo:anchor=0": ("TPO α=0", "#17becf"),
-    "tpo:anchor=1:length_normalize": ("TPO, token means", "#7f7f7f"),
+    "tpo anchor 1 token-mean 1": ("TPO α=1, token means", "#7f7f7f"),
     "tpo_no_anchor": ("TPO, no anchor", "#e377c2"),
     "grpo": ("GRPO", "#ff7f0e"), "grpo_token": ("GRPO", "#ff7f0e"),
     "grpo_no_kl": ("GRPO, no KL", "#bcbd22"), "grpo_masked": ("GRPO, masked", "#17becf"),
@@ -110,14 +109,14 @@ def scoreboard(runs, path):
     save(figure, path)
 
 
-def by_name(runs):
-    """The curves of llm/compare.py's runs by the entry's name there."""
+def by_name(runs, key="curve"):
+    """This of llm/compare.py's runs by the entry's name there."""
     found = {}
     for r in runs:
         f = r["flags"]
         name = " ".join([r["algo"], *(f"{key} {f[key]:g}" for key in
                                       ("anchor", "scale", "token-mean") if key in f)])
-        found.setdefault(name, []).append(r["curve"])
+        found.setdefault(name, []).append(r[key])
     return found
 
 
@@ -141,20 +140,18 @@ def alpha(studies, path):
 
 
 def smol(runs, path):
-    """Reward and length of long/long.py's runs on a pretrained model, means of five updates."""
-    tried = {}                          # algorithm -> setting -> runs; all seeds have the best one
-    for r in runs:
-        tried.setdefault(r["algo"], {}).setdefault(r["setting"], []).append(r)
-    titles = {"rewards": "training reward", "lengths": "tokens per completion"}
-    figure, [axes] = panels(1, 2, (11, 3.6))
+    """Of long/long.py's runs on a pretrained model, means of five updates."""
+    titles = dict(reward="training reward", tokens="tokens per completion",
+                  drift="tokens that the target asks to add")
+    figure, [axes] = panels(1, len(titles), (16, 3.6))
     for axis, (key, title) in zip(axes, titles.items()):
         curves = {}
-        for algo, settings in tried.items():
-            values = [r[key] for r in max(settings.values(), key=len)]
-            starts = range(0, len(values[0]), 5)
-            curves[algo] = [(start + 3, *mean_and_se([mean(v[start:start + 5]) for v in values]))
-                            for start in starts]
-        draw(axis, curves)
+        for name, seeds in by_name(runs, key).items():
+            if key != "drift" or name.startswith("tpo"):        # the other losses have no target
+                fives = [[mean(x[i:i + 5]) for i in range(0, len(x), 5)] for x in seeds]
+                curves[name] = [(5 * i + 3, *mean_and_se(same))
+                                for i, same in enumerate(zip(*fives))]
+        draw(axis, curves, floor=-math.inf if key == "drift" else 0)
         axis.set_xlabel("update")
         axis.set_title(f"SmolLM2-135M-Instruct on rg:gcd: {title}", fontsize=10)
     save(figure, path)
@@ -230,9 +227,9 @@ def over_seeds(logs, across, key):
 def draw(axis, curves, floor=0):
     """Curves {algo: [(x, mean, s.e.), ...]}, each with a band of one s.e. and labelled at its end.
 
-    The axis is logarithmic and ends at the floor, or linear without one.
+    The axis ends at the floor; above 0, it is logarithmic.
     """
-    axis.set_yscale("log" if floor else "linear")
+    axis.set_yscale("log" if floor > 0 else "linear")
     looks = {algo: LOOKS.get(algo, (algo, "#555555")) for algo in curves}
     for algo, points in curves.items():
         color, (x, y, se) = looks[algo][1], zip(*points)
@@ -260,12 +257,11 @@ def read(log):
 
 if __name__ == "__main__":
     recorded = [log for name in LOGS for log in sorted(HERE.glob(f"{name}.jsonl"))]
-    kinds = {"preset": seq, "warm_steps": llm, "rewards": smol}
+    kinds = {"preset": seq, "warm_steps": llm, "drift": smol, "lag": lag, "flags": scoreboard}
     for log in map(Path, sys.argv[1:] or recorded):
         records = read(log)
-        figure = next((kinds[key] for key in kinds if key in records[0]), bandit)
-        if "flags" in records[0]:
-            figure = lag if "lag" in records[0]["flags"] else scoreboard
+        keys = records[0] | records[0].get("flags", {})
+        figure = next((kinds[key] for key in kinds if key in keys), bandit)
         figure(records, log.with_suffix(".png"))
     if not sys.argv[1:]:
         alpha([read(HERE / f"{name}.jsonl") for name in STUDIES], HERE / "llm/alpha.png")
