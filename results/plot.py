@@ -24,11 +24,11 @@ LOOKS = {                                                               # name a
     "tpo_no_anchor": ("TPO, no anchor", "#e377c2"),
     "grpo": ("GRPO", "#ff7f0e"), "grpo_token": ("GRPO", "#ff7f0e"),
     "grpo_no_kl": ("GRPO, no KL", "#bcbd22"), "grpo_masked": ("GRPO, masked", "#17becf"),
-    "dg": ("DG", "#2ca02c"), "dg:lr=1e-3:epochs=2": ("DG, 2 epochs", "#98df8a"),
+    "dg": ("DG", "#2ca02c"),
     "pg": ("PG", "#1f77b4"), "group_pg": ("Group PG", "#9467bd"),
     "ce": ("CE", "#7f7f7f"), "ppo": ("PPO", "#8c564b"),
     "rloo": ("RLOO", "#1f77b4"), "maxrl": ("MaxRL", "#111111"), "rebel": ("REBEL", "#2ca02c"),
-    "grpo_token_ratio": ("GRPO per token", "#ff7f0e"), "lpo_rev": ("LPO, reverse KL", "#e377c2"),
+    "grpo_token_ratio": ("GRPO per token", "#1f77b4"), "lpo_rev": ("LPO, reverse KL", "#e377c2"),
     "lpo": ("LPO", "#e377c2"), "vcpo": ("VCPO", "#1f77b4"), "ddpg": ("DDPG", "#2ca02c"),
     "oapl": ("OAPL", "#9467bd"), "dr_grpo": ("Dr. GRPO", "#ff7f0e"), "dapo": ("DAPO", "#8c564b"),
     "gspo": ("GSPO", "#e377c2"), "cispo": ("CISPO", "#bcbd22"), "kondo": ("Kondo", "#17becf")}
@@ -68,9 +68,8 @@ def llm(records, path):
     runs = {}
     for r in records:
         if r["kind"] == "config":
-            name = r["algo"] if r["algo"] in LOOKS else r["algo"].split(":")[0]
             log = []
-            runs.setdefault(name, []).append(log)
+            runs.setdefault(r["algo"], []).append(log)
         elif r["kind"] == "eval":
             log.append(r)
     seeds, c = len(next(iter(runs.values()))), records[0]

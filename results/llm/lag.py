@@ -88,8 +88,9 @@ def table():
     """pass@1 in % after the last update, mean and s.e. over seeds, and the mean of greedy."""
     columns = [*(f"lag {lag}" for lag in LAGS), f"greedy at lag {LAGS[-1]}"]
     print("|", " | ".join(["method", *columns]), "|\n|" + "---|" * (1 + len(columns)))
+    recorded = read(FILE)
     for algo in METHODS:
-        runs = [[r for r in read(FILE) if (r["algo"], r["flags"]["lag"]) == (algo, lag)]
+        runs = [[r for r in recorded if (r["algo"], r["flags"]["lag"]) == (algo, lag)]
                 for lag in LAGS]
         print("|", " | ".join([algo, *(percent([r["pass1_after"] for r in same]) for same in runs),
                                f"{100 * mean(r['greedy_after'] for r in runs[-1]):.1f}"]), "|")

@@ -1,6 +1,6 @@
 """Logits of recipes/pretrained.py's GPT beside transformers', on questions of GSM8K.
 
-    python results/llm/pretrained_check.py MODEL GSM8K [QUESTIONS]      printed: pretrained.txt
+    python results/llm/pretrained_check.py MODEL GSM8K [QUESTIONS]      its line in pretrained.txt
 
 (pip install transformers; QUESTIONS, 20 by default, is how many of train.jsonl to compare.)
 """
