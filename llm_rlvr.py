@@ -487,10 +487,10 @@ def sample(model, prompts, K, T, ends, generator):
             token = logp.argmax(-1, keepdim=True)
         y[rows, t], logps[rows, t] = token[:, 0], logp.gather(-1, token)[:, 0]
         if t % 16 == 15 and t < T - 1:  # rows that ended leave; it costs a host sync, so not each t
-            going = ~torch.isin(y[rows, :t + 1], ends).any(-1)                        # (rows,)
-            if not going.any():
+            going = (~torch.isin(y[rows, :t + 1], ends).any(-1)).nonzero()[:, 0]
+            if not len(going):
                 break
-            if going.float().mean() <= 0.75:
+            if len(going) <= 0.75 * len(rows):
                 rows, pos, token = rows[going], pos[going], token[going]
                 kv.keep(going)
     ended = torch.isin(y, ends).int()
@@ -538,8 +538,8 @@ def token_logp(model, prompts, y, prompt_of):
     def nll(h, target):
         return F.cross_entropy(model.lm_head(h).float(), target, ignore_index=-1, reduction="none")
 
-    n = max(1, 2**24 // model.config.vocab)     # 64 MB of logits at once, made again in backward
-    losses = [checkpoint(nll, *chunk, use_reentrant=False)
+    n = max(1, 2**(27 if h.is_cuda else 24) // model.config.vocab)      # 512 or 64 MB of logits
+    losses = [checkpoint(nll, *chunk, use_reentrant=False, preserve_rng_state=False)
               for chunk in zip(h.flatten(0, 1).split(n), y.flatten().split(n))]
     return -torch.cat(losses).view(N, T)
 
@@ -556,7 +556,7 @@ def causal(prompts):
 def attention(q, k, v, mask):
     """From q (B, S, heads, D) to k, v (B, S', kv_heads, D); mask (B, 1, S, S') is True if seen."""
     groups = q.shape[2] // k.shape[2]   # not enable_gqa: no fused kernel of CUDA takes a mask too
-    k, v = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (k, v))
+    k, v = (x.to(v.dtype).repeat_interleave(groups, 2).transpose(1, 2) for x in (k, v))
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask).transpose(1, 2)
 
 
@@ -604,7 +604,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.model.layers):
             inputs = x, rope, partial(attend, i)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, *inputs, use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*inputs)
         return self.model.norm(x)

@@ -1,12 +1,14 @@
-"""Everything that only a GPU can show, in one command: python results/speed/gpu.py
+"""Everything that only a GPU can show: python results/speed/gpu.py [CHECK ...] > gpu.jsonl
 
 The CUDA tests; attention with and without cuDNN; first-epoch log-probs in bf16 against fp32; a run
-that is resumed; the default job at three seeds with and without --compile; one update at the sizes
-of Qwen3-0.6B and 1.7B, fully and by LoRA: memory, throughput, share of the memory bandwidth and of
-the matmul rate; transformers' generate at 0.6B beside our sampler, if it is installed; twenty seeds
-of seqtask.py at once. Prints one JSON line per check with the device's name, and goes on after a
-check that fails. Not yet run on a GPU: no number in this repository comes from it.
+that is resumed, and one that is repeated; one update at the sizes of Qwen3-0.6B and 1.7B, fully and
+by LoRA: memory, throughput, share of the memory bandwidth and of the matmul rate; transformers'
+generate at 0.6B beside our sampler, if it is installed; twenty seeds of seqtask.py at once; the
+default job at three seeds, and with --compile. CHECKs are names in main: all take about 8 minutes,
+by a count of kernels. Prints one JSON line per check with the device's name, and goes on after one
+that fails. Not yet run on a GPU: no number in this repository comes from it.
 """
+import contextlib
 import gc
 import json
 import subprocess
@@ -67,6 +69,9 @@ def cudnn():
 
 def log_probs():
     t = llm_rlvr.Trainer(llm_rlvr.Config(device="cuda"))
+    t.warm_start()
+    for t.step in range(100):                           # a trained policy: an even one shows less
+        t.update()
     prompts = t.encode_prompts(t.eval_items[:32])
     y, sampled = t.sample(prompts, 16, generator=t.generator)
     prompt_of = torch.arange(32, device="cuda").repeat_interleave(16)
@@ -81,17 +86,18 @@ def log_probs():
 
 
 def resume():
-    """A run of 100 updates, and the same continued from its checkpoint at 50."""
-    with tempfile.TemporaryDirectory() as folder:
+    """A run of 100 updates, the same again, and that continued from its checkpoint at 50."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         c = llm_rlvr.Config(steps=100, device="cuda", out=folder)
         c.folder.mkdir(parents=True)
-        whole, _ = llm_rlvr.Trainer(c).run()
+        whole, again = (llm_rlvr.Trainer(c).run()[0] for _ in range(2))
         (c.folder / "checkpoint.previous.pt").replace(c.folder / "checkpoint.pt")
-        parts, _ = llm_rlvr.Trainer(replace(c, resume=True)).run()
-    rewards = [[r["reward"] for r in log if r["kind"] == "update"] for log in (whole, parts)]
-    first = next((i for i, (a, b) in enumerate(zip(*rewards)) if a != b), None)
-    show("resume", updates=[len(r) for r in rewards], first_reward_that_differs=first,
-         pass1=[log[-1]["pass1_after"] for log in (whole, parts)])
+        resumed, _ = llm_rlvr.Trainer(replace(c, resume=True)).run()
+    rewards = [[r["reward"] for r in log if r["kind"] == "update"]
+               for log in (whole, again, resumed)]
+    for check, pair in ("repeat", rewards[:2]), ("resume", rewards[1:]):
+        first = next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), None)
+        show(check, updates=[len(r) for r in pair], first_reward_that_differs=first)
 
 
 def default_job(*flags):
@@ -108,13 +114,15 @@ def default_job(*flags):
 def machine():
     """FLOP/s of a large matrix product and bytes/s of a large copy."""
     def rate(work, amount):
-        """amount per second, of the last of three calls."""
-        for _ in range(3):
+        """amount per second, of the fastest of thirty calls: a clock takes a while to rise."""
+        seconds = []
+        for _ in range(30):
             torch.cuda.synchronize()
             start = time.perf_counter()
             work()
             torch.cuda.synchronize()
-        return amount / (time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
+        return amount / min(seconds)
 
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     big = torch.empty(2**30, device="cuda")
@@ -129,17 +137,24 @@ def large_update(size, matmul, copy, lora_rank):
     class Trainer(llm_rlvr.Trainer):
         def build(self):
             width, hidden = SIZES[size]
-            model = llm_rlvr.GPT(llm_rlvr.ModelConfig(
-                VOCABULARY, width, LAYERS, HEADS, KV_HEADS, HEAD_DIM, hidden))
-            model.lm_head.weight = model.model.embed_tokens.weight          # as in Qwen3
-            if lora_rank:
-                pretrained.add_lora(model, lora_rank, torch.bfloat16)
+            with torch.device("cuda"):                                      # on a CPU: 20 s each
+                model = llm_rlvr.GPT(llm_rlvr.ModelConfig(
+                    VOCABULARY, width, LAYERS, HEADS, KV_HEADS, HEAD_DIM, hidden))
+                embedding = model.model.embed_tokens.weight
+                embedding.data *= width ** -0.5         # else it repeats the last token: all equal
+                model.lm_head.weight = embedding                            # as in Qwen3
+                if lora_rank:
+                    pretrained.add_lora(model, lora_rank, torch.bfloat16)
             return SimpleNamespace(encode=list, ends=[-1]), model
 
         make_optimizers = pretrained.Pretrained.make_optimizers             # AdamW alone
 
         def score(self, items, y):
             return torch.rand(B, K)
+
+        def backward(self, rollout, slope):
+            self.rows = len(rollout.y)
+            super().backward(rollout, slope)
 
     gc.collect()
     torch.cuda.empty_cache()
@@ -156,7 +171,7 @@ def large_update(size, matmul, copy, lora_rank):
     # a step of sampling reads the bf16 weights and the bf16 cache, which is half full on average
     cache = 2 * LAYERS * KV_HEADS * HEAD_DIM * 2 * B * K * (P + T / 2)
     how = f"by LoRA of rank {lora_rank}" if lora_rank else "fully"
-    show(f"{size} update, {how}", params=params,
+    show(f"{size} update, {how}", params=params, rows=t.rows,
          peak_gb=torch.cuda.max_memory_allocated() / 1e9, sample_tok_s=sampled, train_tok_s=trained,
          share_of_bandwidth=sampled / (B * K) * (2 * params + cache) / copy,
          share_of_matmul=trained * (4 if lora_rank else 6) * params / matmul)    # W is frozen
@@ -166,12 +181,17 @@ def generate():
     """Sampling by transformers and by us with the same random weights, in bf16."""
     import transformers
     width, hidden = SIZES["0.6B"]
-    library = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=hidden,
-        num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM, tie_word_embeddings=True)).to("cuda", torch.bfloat16).eval()
+    with torch.device("cuda"):
+        library = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+            vocab_size=VOCABULARY, hidden_size=width, intermediate_size=hidden,
+            num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
+            head_dim=HEAD_DIM, tie_word_embeddings=True)).to(torch.bfloat16).eval()
     prompts = torch.randint(10, (B, P), device="cuda")
     ours, ends = as_gpt(library).to("cuda"), torch.tensor([-1], device="cuda")
+    ours.inv_freq = ours.inv_freq.float()               # as in recipes/pretrained.py
+    for module in ours.modules():
+        if isinstance(module, torch.nn.RMSNorm):
+            module.float()
     generator = torch.Generator("cuda").manual_seed(0)
 
     def rate(work):
@@ -193,26 +213,30 @@ def generate():
 def seeds_at_once(algo, reward):
     run = seqtask.Run("reverse_copy", reward, algo, 10, 2, 8, 100, 4, 1.0, 1e-3, "prompts",
                       seeds=20, episodes=50)
-    seconds = seqtask.train(run, "cuda", False)[2]
+    with contextlib.redirect_stdout(sys.stderr):
+        seconds = seqtask.train(run, "cuda", False)[2]
     show(f"seqtask {algo}", ms_per_episode_seed=1e3 * seconds / run.episodes / run.seeds)
 
 
 def main():
     if not torch.cuda.is_available():
         sys.exit("results/speed/gpu.py: needs a CUDA device")
-    checks = [tests, cudnn, log_probs, resume]
-    checks += [partial(default_job, "--seed", str(seed), *flags)
-               for flags in ((), ("--compile",)) for seed in range(3)]
-    matmul, copy = machine()
-    checks += [partial(large_update, size, matmul, copy, rank)
-               for size in SIZES for rank in (0, 32)]
-    checks += [generate, partial(seeds_at_once, "tpo", "terminal"),
-               partial(seeds_at_once, "tpo_token", "bag")]
-    for check in checks:
-        try:
-            check()
-        except Exception as error:                  # borrowed minutes: the rest still counts
-            show(str(check), failed=f"{error!r:.300}")
+    rates = machine()
+    checks = {"tests": [tests], "cudnn": [cudnn], "log-probs": [log_probs], "resume": [resume],
+              "updates": [partial(large_update, size, *rates, rank)
+                          for size in SIZES for rank in (0, 32)],
+              "generate": [generate],
+              "seqtask": [partial(seeds_at_once, "tpo", "terminal"),
+                          partial(seeds_at_once, "tpo_token", "bag")],
+              "default": [partial(default_job, "--seed", str(seed)) for seed in range(3)],
+              "compiled": [partial(default_job, "--compile", "--seed", str(seed))
+                           for seed in range(3)]}
+    for name in sys.argv[1:] or checks:
+        for check in checks[name]:
+            try:
+                check()
+            except Exception as error:                  # borrowed minutes: the rest still counts
+                show(name, failed=f"{error!r:.300}")
 
 
 if __name__ == "__main__":
