@@ -72,7 +72,7 @@ class Config:
     vocab: str = flag("2", "V, tokens to choose from *")
     candidates: str = flag("8", "K, candidates in a group *")
     batch: int = flag(100, "B, prompts per episode")
-    epochs: str = flag("4", "gradient epochs, dg's aside; some losses are made for 1: baselines.py *")
+    epochs: str = flag("4", "gradient epochs, dg's aside; some losses want 1: see baselines.py *")
     dg_epochs: str = flag("1", "the same for dg and ddpg, which are one here *")
     eta: str = flag("1", "temperature of TPO's target and of DG's gate, and REBEL's eta *")
     lr: float = flag(1e-3, "learning rate of Muon and of AdamW")

@@ -17,7 +17,8 @@ STUDIES = "llm/compare", "llm/knights_knaves", "llm/aloud"              # of llm
 LOGS = "bandit/*", "seqtask/*", "llm/tpo", *STUDIES, "llm/lag", "long/smollm2"
 LOOKS = {                                                               # name and color of a curve
     "tpo": ("TPO", "#d62728"), "tpo_token": ("TPO", "#d62728"),
-    "tpo anchor 0": ("TPO α=0", "#17becf"), "tpo anchor 0.1": ("TPO α=.1", "#9467bd"), "tpo anchor 0.25": ("TPO α=.25", "#d62728"),
+    "tpo anchor 0": ("TPO α=0", "#17becf"), "tpo anchor 0.1": ("TPO α=.1", "#9467bd"),
+    "tpo anchor 0.25": ("TPO α=.25", "#d62728"),
     "tpo anchor 0.5": ("TPO α=.5", "#d62728"), "tpo anchor 1": ("TPO α=1", "#d62728"),
     "tpo scale 1": ("TPO, scale-free α", "#d62728"),
     "tpo anchor 1 token-mean 1": ("TPO α=1, token means", "#7f7f7f"),
