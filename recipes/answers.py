@@ -80,9 +80,8 @@ def inside(text, depth):
 def result(text):
     """Behind the last "=" where one number stands; without one the first number, if it is alone.
     The reasons behind "because" do not count."""
-    claim = re.split(r"\b(?:because|since)\b", text, maxsplit=1)[0]
-    text = claim if NUMBER.search(claim) else text
-    for side in reversed(EQUALS.split(text)):
+    claim = re.split(r"\b(?:because|since)\b", text, maxsplit=1, flags=re.I)[0]
+    for side in (*reversed(EQUALS.split(claim)), *reversed(EQUALS.split(text))):
         first = NUMBER.search(side)
         if first and not TERM.match(side, first.end()):
             return value(first)
@@ -116,8 +115,10 @@ def number_or_text(answer):
 
 
 def final_lines(text, several):
-    """Lines behind the last "answer:", all or the last one; without case, marks, blank lines."""
-    text = re.split(r"(?:^|\n)[ >*_#]*(?:final )?answer[*_ ]*:", text.casefold())[-1]
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [line.strip(" *_`.") or line for line in lines if line]
+    """Lines behind the last "answer:", all or the last one; without case, blank lines, and of each
+    line a last dot and ** or ` around it."""
+    mark = r"(?:^|\n)[\s>*_#-]*(?:final )?answer[*_ ]*:(?:\*\*|__)?"
+    lines = [line.strip() for line in re.split(mark, text.casefold())[-1].splitlines()]
+    bare = lambda line: re.sub(r"^(\*\*|`)(.+)\1$", r"\2", line.removesuffix("."))
+    lines = [bare(line).removesuffix(".") or line for line in lines if line]
     return lines if several else lines[-1:]

@@ -267,7 +267,8 @@ def test_jsonl_scores_and_bad_lines(tmp_path, capsys):
             ("2.5e16", "It is 25,000,000,000,000,000", 1), ('"0"', "0.0", 1), ("0", "none", 0),
             ('"$18"', "The answer is $18.", 1), ('"+18 %"', "18%", 1), ('"5-3"', "2", 0),
             ('"Paris"', "**Answer:** Paris", 1), ('"paris"', "Final answer: **Paris**.", 1),
-            ('"Paris"', "Not Paris", 0), ('"*"', "answer:", 0),
+            ('"Paris"', "Not Paris", 0), ('"*"', "answer:", 0), ('"a*"', "a", 0),
+            ('"__init__"', "Answer: init", 0), ('"Paris"', "- answer:\n`Paris`", 1),
             ('"Yes, so"', "Hm.\n answer: yes, SO \n\n", 1), ('"Yes"', "yes\nno", 0),
             (r'"a\nb"', "b", 0), (r'"a\nb"', "A \n\n b\n", 1), (r'"a\nb"', "c\na\nb", 0),
             (r'"a\nb"', "Hm.\nAnswer:\na\nb", 1), (r'"a\nb"', "", 0)):
@@ -377,6 +378,7 @@ def trl_run(tmp_path, accumulate=1, epochs=1, anchor=0.0, reward=points, cls=Non
         eos_token_id=1, bos_token_id=None))
     model.generation_config.eos_token_id = [1, 5]
     model.generation_config.min_p = settings.pop("model_min_p", None)
+    model.config.attention_dropout = settings.pop("model_attention_dropout", 0.0)
     model.dropout = torch.nn.Dropout(0.5)
     defaults = dict(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False,
@@ -486,7 +488,10 @@ def test_trl_settings_that_change_the_loss_or_the_sampling_are_refused(tmp_path)
     with pytest.raises(ValueError, match="infinite"):
         trl_run(tmp_path, reward=lambda completions, **_: [math.inf] * len(completions)).train()
     with pytest.raises(ValueError, match="router_aux_loss_coef"):
-        trl_tpo.refuse_model(SimpleNamespace(aux_loss_enabled=True))
+        model = SimpleNamespace(config=None)
+        trl_tpo.refuse_model(SimpleNamespace(aux_loss_enabled=True, model=model))
+    with pytest.raises(ValueError, match="attention_dropout"):
+        trl_run(tmp_path, model_attention_dropout=0.1)
     args.fp16, args.max_grad_norm = True, 0.0
     with pytest.raises(ValueError, match="fp16"):
         trl_tpo.refuse(args)
@@ -530,7 +535,8 @@ class TinkerEngine:
                 logp = self.table[ids[-1]].log_softmax(-1)
                 ids.append(int(logp.exp().multinomial(1)))
                 logps.append(float(logp[ids[-1]]))
-            rows.append(SimpleNamespace(tokens=ids[1:], logprobs=logps))
+            reason = "stop" if ids[-1:] == params.stop else "length"
+            rows.append(SimpleNamespace(tokens=ids[1:], logprobs=logps, stop_reason=reason))
         return done(sequences=rows)
 
     def logps(self, rows):

@@ -85,9 +85,9 @@ def rollout(training, tasks, reward, K, max_tokens, seed):
             rows.append(tinker.Datum(
                 model_input=tinker.ModelInput.from_ints(ids[:-1]), loss_fn_inputs={
                     "target_tokens": torch.tensor(ids[1:]), "weights": completion.float()}))
-            ended = sample.tokens[-1:] == [tokenizer.eos_token_id]
-            answer = tokenizer.decode(sample.tokens[:-1] if ended else sample.tokens)
-            score = reward(key, answer) if ended else 0.0
+            closed = sample.tokens[-1:] == [tokenizer.eos_token_id]
+            answer = tokenizer.decode(sample.tokens[:-1] if closed else sample.tokens)
+            score = reward(key, answer) if sample.stop_reason == "stop" else 0.0
             if not (isinstance(score, Real) and math.isfinite(score)):
                 sys.exit(f"reward({key!r}, {answer!r}) gave {score!r}: allowed are finite numbers")
             scores.append(float(score))

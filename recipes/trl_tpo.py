@@ -21,7 +21,8 @@ number of epochs (num_iterations), steps per rollout, micro-batches of whole gro
 - Whatever else would change GRPO's loss, the sampling or the rows is refused in one line, and so is
   a library that replaces compute_loss, as Unsloth does. use_vllm is allowed (it was not run) with
   vllm_importance_sampling_correction=False.
-- Dropout is turned off, LoRA's too: two masks are nats apart in the log-prob of a completion.
+- Dropout is turned off, LoRA's too, and an attention_dropout refused: two masks are nats apart in
+  the log-prob of a completion.
 Run with TRL 1.16.0 and 1.14.2, in two processes with DDP too (checked.txt); 1.15.0 wants Triton
 where there is no GPU, older ones are refused. FSDP, images and DeepSpeed, which takes its own
 steps, were not run.
@@ -100,6 +101,8 @@ def refuse_model(trainer):
     if getattr(trainer, "rollout_func", None):
         raise ValueError("rollout_func samples as it likes: TPO needs temperature 1 without top-k "
                          "or top-p, so leave it out")
+    if getattr(trainer.model.config, "attention_dropout", 0):
+        raise ValueError("attention_dropout changes log-probs by nats: set it to 0.0 in the config")
     if getattr(trainer, "aux_loss_enabled", False):
         raise ValueError("router_aux_loss_coef adds a loss that TPO does not have: set it to 0.0")
     if not hasattr(trainer, "eos_token_ids"):

@@ -16,7 +16,7 @@ BAG = {"copy": (81, 338, 219, 170), "flip": (56, 104, 201, 146),     # Table 2: 
        "reverse_flip": (59, 209, 200, 143)}                          # DENSE's algorithms
 SEQUENTIAL = {"copy": (295, None, 439, None), "flip": (321, None, 349, None),
               "reverse_copy": (159, None, 515, None), "reverse_flip": (276, None, 309, None)}
-ETA = {0.25: 72, 0.5: 67, 2: 141, 4: 260}                            # tpo_token; 96 at 1, not 58
+ETA = {0.25: 72, 0.5: 67, 2: 141, 4: 260}                            # tpo_token; also 96 at 1
 TERMINAL = {"prompts": {"tpo": (6.9, 8.6, 6.1, 7.4),             # Table 3: matching, algorithm,
                         "grpo": (14.5, 27.6, 30.0, 50.4),        # error in % at H = 7, 8, 9, 10;
                         "grpo_no_kl": (66.6, 92.5, 95, 95),      # 95 stands for "above 95"
@@ -32,9 +32,11 @@ COMMON = dict(candidates=8, batch=100, lr=1e-3)
 
 def first_below(r):
     """The episode that the paper prints for a dense reward, or None."""
+    plain = (r["target"], r["reward"]) == ("reverse_copy", "bag")
     if r["eta"] != 1:
-        return ETA.get(r["eta"]) if r["algo"] == "tpo_token" else None
-    if (r["target"], r["reward"]) == ("reverse_copy", "bag"):
+        fits = plain and r["vocab"] == 2 and r["algo"] == "tpo_token"
+        return ETA.get(r["eta"]) if fits else None
+    if plain:                                           # Table 1's; Table 2 has 55, 352, 202, -
         return DENSE[r["algo"]].get(r["vocab"])
     row = (BAG if r["reward"] == "bag" else SEQUENTIAL)[r["target"]] if r["vocab"] == 2 else ()
     return dict(zip(DENSE, row)).get(r["algo"])
