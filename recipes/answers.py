@@ -25,7 +25,8 @@ TERM = re.compile(r"[ %_$)}]*(?:(?:[-+x\xd7\xb7/^]|(?<!\*)\*(?!\*)|\\times|\\cdo
                   r"[ _$(\\{]*[\d.]|\\pi|\u03c0|\\sqrt|\u221a)|:\d")
 FRAC = re.compile(rf"\\[cdt]?frac ?(?:\{{ ?(-?{DIGITS}) ?\}} ?\{{ ?(-?{DIGITS}) ?\}}|(\d) ?(\d))")
 SIGNS = str.maketrans("\u2010\u2011\u2013\u2212\ufe63\uff0d", "------")
-SIGNS |= {ord(c): f" {n}/{d}" for c, n, d in ("\xbd12", "\xbc14", "\xbe34", "\u215313", "\u215423")}
+FRACTIONS = str.maketrans({"\xbd": " 1/2", "\xbc": " 1/4", "\xbe": " 3/4", "\u2153": " 1/3",
+                           "\u2154": " 2/3"})
 RAISED = str.maketrans("\u207b\u2070\xb9\xb2\xb3\u2074\u2075\u2076\u2077\u2078\u2079",
                        "-0123456789")
 
@@ -53,7 +54,7 @@ def final_number(text):
 
 def tidy(text):
     """The same text with one kind of space, minus, thousands, raised digits and fractions."""
-    text = "\n".join(text.translate(SIGNS).splitlines())
+    text = "\n".join(text.translate(SIGNS | FRACTIONS).splitlines())
     text = re.sub(r"(?:\\[,;: ]|~|[^\S\n])+", " ", text.replace("{,}", ",")).replace(" \n", "\n")
     text = re.sub(r"\\!|\\(?=[$%])", "", text)
     text = re.sub("[\u207b\u2070\xb9\xb2\xb3\u2074-\u2079]+",
@@ -81,10 +82,11 @@ def result(text):
     """Behind the last "=" where one number stands; without one the first number, if it is alone.
     The reasons behind "because" do not count."""
     claim = re.split(r"\b(?:because|since)\b", text, maxsplit=1, flags=re.I)[0]
-    for side in (*reversed(EQUALS.split(claim)), *reversed(EQUALS.split(text))):
-        first = NUMBER.search(side)
-        if first and not TERM.match(side, first.end()):
-            return value(first)
+    for part in dict.fromkeys((claim, text)):
+        for side in reversed(EQUALS.split(part)):
+            first = NUMBER.search(side)
+            if first and not TERM.match(side, first.end()):
+                return value(first)
 
 
 def value(number):

@@ -114,8 +114,8 @@ def by_name(runs, key="curve"):
     found = {}
     for r in runs:
         f = r["flags"]
-        name = " ".join([r["algo"], *(f"{key} {f[key]:g}" for key in
-                                      ("anchor", "scale", "token-mean") if key in f)])
+        name = " ".join([r["algo"], *(f"{flag} {f[flag]:g}" for flag in
+                                      ("anchor", "scale", "token-mean") if flag in f)])
         found.setdefault(name, []).append(r[key])
     return found
 
