@@ -89,7 +89,7 @@ class Config:
 
 # Each method's best of seven settings after 300 updates of graph_color (results/llm/compare.py);
 # tpo's are the defaults, chosen for 900. The task's own defaults, then flags, replace these.
-TUNED = {"lpo": dict(lr=2e-2), "pg": dict(epochs=1), "tpo_no_anchor": dict(epochs=1),
+TUNED = {"lpo": dict(lr=2e-2, anchor=0.0), "pg": dict(epochs=1), "tpo_no_anchor": dict(epochs=1),
          **dict.fromkeys(("maxrl", "oapl"), dict(lr=2e-2, epochs=1)),
          **dict.fromkeys(("dg", "ddpg"), dict(lr=4e-2, epochs=1)),
          **dict.fromkeys(("lpo_rev", "vcpo", "kondo", "dapo", "gspo"), dict(lr=5e-3)),

@@ -41,7 +41,7 @@ ALGOS = METHODS | TOKEN
 SINGLE = [name for name, method in ALGOS.items() if method.per == "sample"]
 GROUPED = [name for name, method in ALGOS.items() if method.per in ("group", "token")]
 BY_TARGET = tpo_loss, tpo_no_anchor_loss                        # these weigh by p - q
-LAYERS, WIDTH, HEADS = 2, 64, 2
+LAYERS, WIDTH, HEADS = 2, 64, 2                                 # the paper's text has 4 heads
 EVERY = 60                                                      # seconds between checkpoints
 
 DENSE = "--reward bag --length 10 --episodes 1000 --algo tpo_token,grpo_token,dg,ppo --seeds 10"

@@ -45,7 +45,7 @@ class Config(llm_rlvr.Config):
                              "on CUDA are kept in bf16; 0 trains the weights")
     export: str = flag("", "folder for the trained model and its tokenizer")
     steps: int = again("steps", 100)
-    prompts: int = again("prompts", 16)                 # and the learning rate: the paper's
+    prompts: int = again("prompts", 16)             # and lr: the paper's, without its KL penalty
     epochs: int = again("epochs", 1)
     lr: float = flag(1e-5, "AdamW learning rate: rises over 30 updates, then falls to 0; LoRA's "
                            "weights want about 10 times as much", 1e-12, 1)

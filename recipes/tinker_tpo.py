@@ -11,7 +11,8 @@ Your own task is a file beside this one that ends with these lines, and takes th
 
 The loss runs here. The engine samples, returns log-probs, takes dL/dlogp and steps Adam on LoRA:
     sample     K completions of each prompt, s = rewards; one cut off at --max-tokens scores 0
-    leave out  groups of equal scores, on every epoch: loss and KL are means over the others
+    leave out  groups of equal scores, on every epoch (tpo_loss would pull them back on later
+               ones): loss and KL are means over the others
     epochs     l = log-probs now, l_old = the first epoch's (the sampler's differ by rounding, which
                adds up over tokens); tpo_loss(l, l_old, s), its slopes back, Adam
 Two ways take the slopes back, and both are meant to be the gradient of -sum_t w_t logp_t:
