@@ -87,8 +87,8 @@ class Config:
         return Path(self.out, f"{self.task.replace(':', '-')}-{self.algo}-{self.seed}")
 
 
-# Each method's best of seven settings after 300 updates of graph_color (results/llm/compare.py);
-# tpo's are the defaults, chosen for 900. The task's own defaults, then flags, replace these.
+# Each method's best of seven settings after 300 updates of graph_color (results/llm/compare.py),
+# where not the default; tpo's were chosen for 900. A task's defaults, then flags, replace these.
 TUNED = {"lpo": dict(lr=2e-2, anchor=0.0), "pg": dict(epochs=1), "tpo_no_anchor": dict(epochs=1),
          **dict.fromkeys(("maxrl", "oapl"), dict(lr=2e-2, epochs=1)),
          **dict.fromkeys(("dg", "ddpg"), dict(lr=4e-2, epochs=1)),
@@ -99,10 +99,8 @@ ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 # -------------------------------------------------------------------------------------- algorithm
 class Rollout(NamedTuple):
-    """K completions of each of B prompts; equal ones of a prompt are one of the N rows.
-
-    row[b, k] says which, so x[row] makes (B, K, ...) of (N, ...), and its gradient adds up there.
-    """
+    """K completions of each of B prompts; equal ones of a prompt share one of N rows, row[b, k]:
+    x[row] makes (B, K, ...) of (N, ...), and gradients add up."""
     prompts: torch.Tensor       # (B, P) padded with -1 on the left
     y: torch.Tensor             # (N, T) up to and including the end token, then -1
     logp_old: torch.Tensor      # (N, T) under the policy that sampled them, 0 on padding
@@ -116,7 +114,7 @@ class Trainer:
 
     def __init__(self, c):
         self.c, self.task, self.device = c, self.find_task(c), pick_device(c.device)
-        self.method = METHODS[c.algo]           # its loss, per, rests, ...: see baselines.Method
+        self.method = METHODS[c.algo]   # per: what its loss takes; rests: on equal scores
         self.loss = self.method.bind(**asdict(c), length=c.max_new_tokens)
         torch.manual_seed(c.seed)
         torch.backends.cuda.enable_cudnn_sdp(False)     # it plans anew for each shape it meets
@@ -163,7 +161,7 @@ class Trainer:
         for optimizer, share in self.optimizers:
             optimizer.param_groups[0]["lr"] = share * c.lr * decay
         for epoch in range(c.epochs):
-            logp = self.policy(rollout, epoch)                                            # (N, T)
+            logp = self.current_logp(rollout, epoch)                                      # (N, T)
             slope = self.slope(logp, rollout, scores, q, epoch)    # dL/dlogp: p - q for tpo, Eq. 3
             if not slope.any():         # at rest, where AdamW would still move by its moments
                 break
@@ -194,9 +192,8 @@ class Trainer:
             0, row[:, None].expand_as(logp), logp, "amax")                             # (N, T)
         rollout = Rollout(prompts, y, logp, prompt_of, row.view(B, K))
         if c.epochs > 1 and self.device.type == "cuda":
-            # in bf16 a later epoch needs log-probs of a forward like its own to compare with; the
-            # first compares the sampler's with themselves
-            rollout = rollout._replace(logp_old=self.policy(rollout, 1))
+            # in bf16 later epochs need log-probs of a forward like their own to compare with
+            rollout = rollout._replace(logp_old=self.current_logp(rollout, 1))
         return rollout
 
     def score(self, items, y):
@@ -216,12 +213,12 @@ class Trainer:
                              for (_, key), candidates in zip(items, y.tolist())])
 
     @torch.no_grad()
-    def policy(self, rollout, epoch):
+    def current_logp(self, rollout, epoch):
         """Log-probs (N, T) under the current policy; at first it is the one that sampled."""
         if epoch == 0:
             return rollout.logp_old
         rows = torch.arange(len(rollout.y), device=self.device)
-        return torch.cat([self.log_policy(rollout, part) for part in self.parts(rollout, rows)])
+        return torch.cat([self.rows_logp(rollout, part) for part in self.parts(rollout, rows)])
 
     def slope(self, logp, rollout, scores, q, epoch):
         """dL/dlogp (N, T) of the method's loss at logp (N, T)."""
@@ -243,7 +240,7 @@ class Trainer:
     def backward(self, rollout, slope):
         """Add dL/dtheta: exact however rows are split; rows without slope need no forward."""
         for rows in self.parts(rollout, slope.any(-1).nonzero()[:, 0]):
-            self.log_policy(rollout, rows).backward(slope[rows])
+            self.rows_logp(rollout, rows).backward(slope[rows])
 
     def parts(self, rollout, rows):
         """Rows, in parts of at most --micro-tokens tokens, as if each had a prompt of its own."""
@@ -261,7 +258,7 @@ class Trainer:
             optimizer.zero_grad()
         return norm
 
-    def log_policy(self, rollout, rows):
+    def rows_logp(self, rollout, rows):
         """Log-probs (rows, T) under the current policy, 0 on padding, with gradient."""
         y, T = rollout.y[rows], rollout.y.shape[1]
         longest = int((y >= 0).sum(-1).max())
@@ -295,8 +292,8 @@ class Trainer:
         y = torch.cat(y)
         scores = self.score(items, y)
         greedy, four = (scores == 1).float().split((1, 4), 1)
-        completions = [self.read(ids)[0] for ids in y[i, 1:3].tolist()]
-        example = dict(prompt=items[i][0], completions=completions, scores=scores[i, 1:3].tolist())
+        completions = [self.read(ids)[0] for ids in y[0, 1:3].tolist()]
+        example = dict(prompt=items[0][0], completions=completions, scores=scores[0, 1:3].tolist())
         return dict(greedy=greedy.mean().item(), pass1=four.mean().item(),
                     pass4=four.amax(-1).mean().item(), example=example)
 
@@ -406,21 +403,20 @@ def warmup(step):
     return min(1.0, (step + 1) / 30)        # AdamW's first steps have full size for any gradient
 
 
-@torch.no_grad()
 def diagnose(q, l_old, rollout, scores, ends, alpha):
     """How far q (B, K) asks the policy to move, and the anchor's health: look at these first."""
     y, logp = (x[rollout.row] for x in (rollout.y, rollout.logp_old))                  # (B, K, T)
     length, ended = (y >= 0).sum(-1), torch.isin(y, ends).any(-1)                         # (B, K)
-    anchor = (alpha * l_old).softmax(-1)                                                  # (B, K)
-    shift = (q - anchor).abs().sum(-1)                                                      # (B,)
+    a = (alpha * l_old).softmax(-1)                                               # (B, K) anchor
+    shift = (q - a).abs().sum(-1)                                                           # (B,)
     longer = length - length.float().mean(-1, keepdim=True)                               # (B, K)
-    drift = ((q - anchor) * longer).sum(-1)     # tokens: above 0 q asks for longer completions
+    drift = ((q - a) * longer).sum(-1)          # tokens: above 0 q asks for longer completions
     return dict(reward=scores.mean(),
-                kl=torch.xlogy(q, q / anchor.clamp(min=1e-38)).sum(-1).mean(),   # KL(q || anchor)
+                kl=torch.xlogy(q, q / a.clamp(min=1e-38)).sum(-1).mean(),             # KL(q || a)
                 informative=informative(scores).float().mean(),
                 entropy=-logp.sum() / length.sum(), tokens=length.float().mean(),
-                unfinished=1 - ended.float().mean(), anchor_max=anchor.amax(-1).mean(),
-                anchor_size=(1 / anchor.square().sum(-1)).mean(), anchor_shift=shift.mean(),
+                unfinished=1 - ended.float().mean(), anchor_max=a.amax(-1).mean(),
+                anchor_size=(1 / a.square().sum(-1)).mean(), anchor_shift=shift.mean(),
                 anchor_dead=(shift < 1e-3).float().mean(), drift=drift.mean())
 
 
@@ -433,7 +429,7 @@ class Cache:
     def __init__(self, prompts, K, T):
         self.K, self.T, self.used = K, T, prompts.shape[1]      # used: slots filled
         self.layers, (self.causal, self.pos) = [], causal(prompts)
-        self.hidden = F.pad(prompts < 0, (0, T - 1)).repeat_interleave(K, 0)
+        self.padding = F.pad(prompts < 0, (0, T - 1)).repeat_interleave(K, 0)
 
     def prompts(self, i, q, k, v):
         """Of all prompts, (B, P, heads, D): each is computed once and copied to its K rows."""
@@ -448,15 +444,15 @@ class Cache:
         keys[:, :, -1], values[:, :, -1] = k[:, 0], v[:, 0]
         N, kv_heads, _, D = keys.shape
         weight = (q.view(N, kv_heads, -1, D) * D ** -0.5) @ keys.mT         # (N, kv_heads, G, S)
-        hidden = self.hidden[:, None, None, :self.used]
-        weight = weight.masked_fill(hidden, -torch.inf).softmax(-1)
+        padding = self.padding[:, None, None, :self.used]
+        weight = weight.masked_fill(padding, -torch.inf).softmax(-1)
         return (weight.to(values) @ values).view(q.shape)
 
     def keep(self, rows):
         """Only these rows go on. Layer by layer: old and new of all would not fit."""
         for i in range(len(self.layers)):
             self.layers[i] = self.layers[i][:, rows]
-        self.hidden = self.hidden[rows]
+        self.padding = self.padding[rows]
 
 
 @torch.no_grad()
@@ -499,7 +495,7 @@ def sample(model, prompts, K, T, ends, generator):
 
 
 def token_logp(model, prompts, y, prompt_of):
-    """fp32 log-probs (N, T), with gradient, of completions y (N, T) of prompts (B, P), row n of
+    """fp32 log-probs (N, T), with gradient, of completions y (N, T) to prompts (B, P), y[n] to
     prompts[prompt_of[n]]; both are padded with -1, where the result is 0.
 
     Prompts and completions go through the linear layers as one list of B * P + N * (T - 1) tokens,
@@ -914,7 +910,7 @@ def validate(c):
         fail(f"--candidates {c.candidates}: {c.algo} compares completions of a prompt or, with one "
              "each, of several prompts; allowed are 2 or more")
     if c.width % (2 * c.heads) or c.heads % c.kv_heads:
-        fail(f"--width {c.width}: allowed are multiples of 2 x --heads {c.heads}, those of "
+        fail(f"--width {c.width}: allowed are multiples of 2 x --heads {c.heads}, which is one of "
              f"--kv-heads {c.kv_heads}")
 
 

@@ -34,7 +34,7 @@ def standardize(scores, mask=None):
 def tpo_target(logp_old, scores, eta=1.0, anchor=1.0, mask=None):
     """Target q (..., K), Eq. 2: fixed over all gradient epochs on one batch of rollouts."""
     scores, mask, logp_old = _prepare(scores, mask, logp_old.detach())
-    z = logp_old - (1 - anchor) * logp_old + standardize(scores, mask) / eta
+    z = logp_old - (1 - anchor) * logp_old + standardize(scores, mask) / eta  # rounds as tpo_loss
     return _log_softmax(z, mask).exp().masked_fill(~mask, 0)
 
 

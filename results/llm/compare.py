@@ -128,8 +128,8 @@ def variant(base):
                     return y, logp / length(y)
                 self.sample = sample_means
 
-        def log_policy(self, rollout, rows):
-            logp = super().log_policy(rollout, rows)
+        def rows_logp(self, rollout, rows):
+            logp = super().rows_logp(rollout, rows)
             return logp / length(rollout.y[rows]) if self.c.token_mean else logp
 
         def rollout(self, items):

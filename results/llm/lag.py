@@ -53,8 +53,8 @@ class Trainer(llm_rlvr.Trainer):
         for p, saved in zip(self.trained, weights):
             p.copy_(saved)
 
-    def policy(self, rollout, epoch):
-        return super().policy(rollout, epoch + self.c.lag)      # 0 only where the sampler's holds
+    def current_logp(self, rollout, epoch):
+        return super().current_logp(rollout, epoch + self.c.lag)    # 0 only where the sampler's
 
     def slope(self, logp, rollout, scores, q, epoch):
         if self.c.algo == "vcpo":
