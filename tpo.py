@@ -13,7 +13,7 @@ padding. Over hundreds of tokens they differ by tens of nats or more, |u| <= sqr
 one-hot, q = p_old, nothing is learnt. `anchor` = alpha takes z = l - (1 - alpha) l_old for l, so
 q ~ exp(alpha l_old + u / eta). The fixed point stays l = l_old + u / eta, if the model can be that.
 1 is the paper; 0, a uniform anchor, is LPO (arXiv 2605.06139) and for language models. alpha > 0
-(ours below 1) counts likely samples twice: even noise drifts to unlikely, so longer completions.
+(ours below 1) counts likely samples twice: even noise drifts to unlikely ones, often the longer.
 """
 import torch
 

@@ -153,7 +153,7 @@ def smol(runs, path):
                                 for i, same in enumerate(zip(*fives))]
         draw(axis, curves, floor=-math.inf if key == "drift" else 0)
         axis.set_xlabel("update")
-        axis.set_title(f"SmolLM2-135M-Instruct on rg:gcd: {title}", fontsize=10)
+        axis.set_title(f"SmolLM2 on rg:gcd: {title}", fontsize=10)
     save(figure, path)
 
 
