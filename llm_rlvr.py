@@ -88,7 +88,8 @@ class Config:
 
 
 # Each method's best of seven settings after 300 updates of graph_color (results/llm/compare.py),
-# where not the default; tpo's were chosen for 900. A task's defaults, then flags, replace these.
+# where not the default; tpo's were chosen for 900, lpo's anchor is for the log. A task's defaults,
+# then flags, replace these.
 TUNED = {"lpo": dict(lr=2e-2, anchor=0.0), "pg": dict(epochs=1), "tpo_no_anchor": dict(epochs=1),
          **dict.fromkeys(("maxrl", "oapl"), dict(lr=2e-2, epochs=1)),
          **dict.fromkeys(("dg", "ddpg"), dict(lr=4e-2, epochs=1)),
@@ -910,8 +911,8 @@ def validate(c):
         fail(f"--candidates {c.candidates}: {c.algo} compares completions of a prompt or, with one "
              "each, of several prompts; allowed are 2 or more")
     if c.width % (2 * c.heads) or c.heads % c.kv_heads:
-        fail(f"--width {c.width}: allowed are multiples of 2 x --heads {c.heads}, which is one of "
-             f"--kv-heads {c.kv_heads}")
+        fail(f"--width {c.width}: allowed are multiples of 2 x --heads {c.heads}, itself "
+             f"a multiple of --kv-heads {c.kv_heads}")
 
 
 def progress(r, steps):

@@ -9,7 +9,7 @@ fp32 (fp64 if an argument is). A non-finite score makes its group NaN: a check w
     L = -sum_i q_i log p_i,  dL/dl_i = p_i - q_i      0 once the policy matches the target (Eq. 3)
 
 Sequences: l_i sums the completion's token log-probs in fp32, with the end token, without prompt and
-padding. Over hundreds of tokens they differ by tens of nats or more, |u| <= sqrt(K - 1): p_old is
+padding. Over hundreds of tokens they differ by tens of nats, but |u| <= sqrt(K - 1): p_old is
 one-hot, q = p_old, nothing is learnt. `anchor` = alpha takes z = l - (1 - alpha) l_old for l, so
 q ~ exp(alpha l_old + u / eta). The fixed point stays l = l_old + u / eta, if the model can be that.
 1 is the paper; 0, a uniform anchor, is LPO (arXiv 2605.06139) and for language models. alpha > 0

@@ -54,7 +54,7 @@ class Trainer(llm_rlvr.Trainer):
             p.copy_(saved)
 
     def current_logp(self, rollout, epoch):
-        return super().current_logp(rollout, epoch + self.c.lag)    # 0 only where the sampler's
+        return super().current_logp(rollout, epoch + self.c.lag)    # epoch 0 only without lag
 
     def slope(self, logp, rollout, scores, q, epoch):
         if self.c.algo == "vcpo":

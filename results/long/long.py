@@ -3,7 +3,7 @@
     python results/long/long.py spread MODEL GSM8K        5 groups each of gsm8k and rg:chain_sum
     python results/long/long.py smol MODEL                the real model on rg:gcd: 25 runs
     python results/long/long.py run MODEL --token-mean    then any flag of recipes/pretrained.py
-    python results/long/long.py table                     the tables of README.md beside this file
+    python results/long/long.py table                     most of README.md's tables, without s.e.
 
 MODEL is a folder with SmolLM2-135M-Instruct, as seen from the repository's root, GSM8K one with
 train.jsonl and test.jsonl; needed are transformers and reasoning-gym. Writes spread.jsonl, a line

@@ -35,7 +35,7 @@ COMMON = dict(candidates=8, batch=100, lr=1e-3)
 
 
 def first_below(r):
-    """The episodes that the paper prints for a dense reward: up to three for one setting."""
+    """What the paper prints for a dense reward: Table 1, Table 2 and the sweep of eta."""
     plain = (r["target"], r["reward"]) == ("reverse_copy", "bag")
     found = []
     if r["eta"] == 1 and plain:
@@ -67,7 +67,7 @@ def paper(r):
 
 
 def passages(curve):
-    """The episode of each seed from which a point of its curve is first below 1%."""
+    """The episode at which each seed's first point below 1% begins, inf without one."""
     return [next((i * curve["every"] for i, error in enumerate(errors) if error < 0.01), math.inf)
             for errors in curve["error_per_seed"]]
 
@@ -77,12 +77,13 @@ def main(logs, width=58):
           f"{'final error ± s.e.':>20}{'solved':>8}  paper")
     episode = lambda x: "-" if x in (None, math.inf) else f"{x:g}"
     for log in logs:
-        records = map(json.loads, Path(log).read_text(encoding="utf-8").splitlines())
-        records = [r for r in records if r["kind"] != "config"]
-        for curve, r in zip(records[::2], records[1::2]):
+        for r in map(json.loads, Path(log).read_text(encoding="utf-8").splitlines()):
+            if r["kind"] == "curve":
+                firsts = passages(r)                            # of the result on the next line
+            if r["kind"] != "result":
+                continue
             setting = (f"{r['target']} {r['reward']} H {r['length']} V {r['vocab']} "
                        f"E {r['epochs']} eta {r['eta']:g} T {r['episodes']} {r['match']}")
-            firsts = passages(curve)
             there = f"{sum(map(math.isfinite, firsts))} of {r['seeds']}"
             se = "" if r["final_error_se"] is None else f" ± {r['final_error_se']:.1%}"
             error = f"{r['final_error']:.1%}{se}"
