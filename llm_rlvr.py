@@ -88,9 +88,8 @@ class Config:
 
 
 # Each method's best of seven settings after 300 updates of graph_color (results/llm/compare.py),
-# where not the default; tpo's were chosen for 900, lpo's anchor is for the log. A task's defaults,
-# then flags, replace these.
-TUNED = {"lpo": dict(lr=2e-2, anchor=0.0), "pg": dict(epochs=1), "tpo_no_anchor": dict(epochs=1),
+# where not the default; tpo's were chosen for 900. A task's defaults, then flags, replace these.
+TUNED = {"lpo": dict(lr=2e-2), "pg": dict(epochs=1), "tpo_no_anchor": dict(epochs=1),
          **dict.fromkeys(("maxrl", "oapl"), dict(lr=2e-2, epochs=1)),
          **dict.fromkeys(("dg", "ddpg"), dict(lr=4e-2, epochs=1)),
          **dict.fromkeys(("lpo_rev", "vcpo", "kondo", "dapo", "gspo"), dict(lr=5e-3)),
@@ -117,6 +116,7 @@ class Trainer:
         self.c, self.task, self.device = c, self.find_task(c), pick_device(c.device)
         self.method = METHODS[c.algo]   # per: what its loss takes; rests: on equal scores
         self.loss = self.method.bind(**asdict(c), length=c.max_new_tokens)
+        self.anchor = self.loss.keywords.get("anchor", c.anchor)        # lpo's is 0
         torch.manual_seed(c.seed)
         torch.backends.cuda.enable_cudnn_sdp(False)     # it plans anew for each shape it meets
         self.vocabulary, self.model = self.build()
@@ -154,8 +154,8 @@ class Trainer:
         rollout = self.rollout(items)                              # K completions of each prompt
         scores = self.score(items, rollout.y[rollout.row]).to(self.device)                # (B, K)
         l_old = rollout.logp_old[rollout.row].sum(-1)                                     # (B, K)
-        q = tpo_target(l_old, scores, c.eta, c.anchor)             # Eq. 2, fixed over the epochs
-        metrics = diagnose(q, l_old, rollout, scores, self.ends, c.anchor)
+        q = tpo_target(l_old, scores, c.eta, self.anchor)          # Eq. 2, fixed over the epochs
+        metrics = diagnose(q, l_old, rollout, scores, self.ends, self.anchor)
         sampled, norms = time.perf_counter(), []
 
         decay = warmup(self.step) * (1 - self.step / c.steps)
@@ -227,7 +227,7 @@ class Trainer:
         new, old, y = (x[rollout.row] for x in (logp, rollout.logp_old, rollout.y))    # (B, K, T)
         l, l_old = new.sum(-1), old.sum(-1)                                               # (B, K)
         if self.c.algo == "tpo":
-            p = (l - (1 - self.c.anchor) * l_old).softmax(-1)       # Eq. 1; anchor = 1: softmax(l)
+            p = (l - (1 - self.anchor) * l_old).softmax(-1)         # Eq. 1; anchor = 1: softmax(l)
             loss = ((p - q).detach() * l).sum(-1).mean()            # has tpo_loss's slope, Eq. 3
         elif self.method.per == "group":
             loss = self.loss(l, l_old, scores)

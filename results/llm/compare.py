@@ -137,16 +137,13 @@ def variant(base):
             if self.c.scale:
                 l_old = rollout.logp_old[rollout.row].sum(-1)                             # (B, K)
                 sd = l_old.std(-1, correction=0, keepdim=True)                            # (B, 1)
-                self.set_alpha((self.c.scale / sd).clamp(max=1))
+                self.anchor = (self.c.scale / sd).clamp(max=1)                            # (B, 1)
             return rollout
 
         def record_result(self, seconds):
-            if self.c.scale:
-                self.set_alpha(self.c.scale)            # of a group with an sd of 1: for the line
+            if self.c.scale:            # for the line: alpha of a group with an sd of 1
+                object.__setattr__(self.c, "anchor", self.c.scale)
             return super().record_result(seconds)
-
-        def set_alpha(self, alpha):
-            object.__setattr__(self.c, "anchor", alpha)
 
     Variant.__doc__, Variant.Config = base.__doc__, Config
     return Variant
