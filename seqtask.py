@@ -261,11 +261,10 @@ def norm_linear(P, x, norm, name, at=""):
     return torch.baddbmm(shift @ W + b, F.layer_norm(x, (WIDTH,), eps=1e-6), gain.mT * W)
 
 
-def heads(P, l, x, path):
-    """Queries, keys and values (S * R, 3, heads, T, 32) of the nodes on paths (S, R, T)."""
+def heads(qkv, path):
+    """Queries, keys and values (S * R, heads, T, 32) on paths (S, R, T) of nodes (S, M, 3 * 64)."""
     S, R, T = path.shape
-    rows = take(norm_linear(P, x, "1", "qkv", f".{l}"), path)                  # (S, R * T, 3 * 64)
-    return rows.view(S * R, T, 3, HEADS, -1).permute(0, 2, 3, 1, 4)
+    return take(qkv, path).view(S * R, T, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
 
 
 def rest_of_layer(P, l, x, attended):
@@ -323,17 +322,17 @@ def tree(tokens, H, V, K):
 
 def forward(P, nodes, H, cache=None):
     """Log-probs (S, answers, V) of the token that follows each node of an answer. A list as cache
-    collects each layer's keys and values, (S * R, 2, heads, L, 32)."""
+    collects each layer's queries, keys and values, (S, M, 3 * 64)."""
     S, R, L = nodes.path.shape
     hot = [F.one_hot(nodes.token, P["token"].shape[1]), F.one_hot(nodes.source % L, 2 * H)]
     table = torch.cat((P["token"], P["position"]), 1)   # a product's backward is a product too, not
     x = torch.cat(hot, -1).float() @ table              # a sum of M rows into V, one by one
     causal = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
     for l in range(LAYERS):
-        qkv = heads(P, l, x, nodes.path)
-        q, k, v = qkv.unbind(1)                                                # (S R, heads, L, 32)
+        qkv = norm_linear(P, x, "1", "qkv", f".{l}")
         if cache is not None:
-            cache.append(qkv[:, 1:])
+            cache.append(qkv)
+        q, k, v = heads(qkv, nodes.path)                                       # (S R, heads, L, 32)
         first, source = 0, nodes.source
         if l == LAYERS - 1:                             # above it only the answer's nodes count
             first, x, source = H - 1, x[:, :nodes.answers], source[:, :nodes.answers]
@@ -354,34 +353,31 @@ def rollout(P, prompts, uniform):
     """Answers y (S, N, H) to prompts (S, B, H), and log-probs (S, N, H, V) of all tokens at each
     step: once for each distinct prefix. uniform (S, N, H) decides the samples."""
     (S, B, H), N, V = prompts.shape, uniform.shape[1], P["token"].shape[1]
-    nodes, prompt_cache = tree(prompts, H, V, 1), []
-    logp = forward(P, nodes, H, prompt_cache)                                  # (S, prompts, V)
-    number = nodes.node[..., -1].repeat_interleave(N // B, 1)    # (S, N) which prefix each has
-    cache = []                                          # with room for the answer's
-    for kv in prompt_cache:
-        kv = take(kv.reshape(S, -1, 2 * H * WIDTH), number).view(S * N, 2, HEADS, H, -1)
-        cache.append(F.pad(kv, (0, 0, 0, H - 1)))                          # (S N, 2, heads, L, 32)
+    nodes, cache = tree(prompts, H, V, 1), []
+    logp = forward(P, nodes, H, cache)                                         # (S, prompts, V)
+    path = nodes.node.repeat_interleave(N // B, 1)                             # (S, N, H)
+    number = path[..., -1]                                       # (S, N) which prefix each has
     y, logps = [], []
     for t in range(H):
         if t > 0:
             number, one = distinct(number * V + y[-1])
-            logp = append(P, cache, H + t - 1, y[-1].gather(1, one), number, one)
+            path = torch.cat((path, cache[0].shape[1] + number[..., None]), -1)
+            paths = path.gather(1, one[..., None].expand(-1, -1, H + t))       # (S, m, H + t)
+            logp = append(P, cache, y[-1].gather(1, one), paths)
         logps.append(take(logp, number))                                       # (S, N, V)
         y.append(inverse_cdf(logps[-1], uniform[..., t]))
     return torch.stack(y, -1), torch.stack(logps, 2)
 
 
-def append(P, cache, position, token, number, one):
-    """Log-probs (S, m, V) after one more token (S, m) of m distinct prefixes: those of sequences
-    one (S, m); each of the N sequences has that of its number (S, N)."""
-    S, N = number.shape
-    x = take(P["token"], token) + P["position"][:, position, None]             # (S, m, 64)
+def append(P, cache, token, path):
+    """Log-probs (S, m, V) after one more token (S, m) of m distinct prefixes, whose paths (S, m, T)
+    end with the nodes that this adds to the cache."""
+    x = take(P["token"], token) + P["position"][:, path.shape[-1] - 1, None]   # (S, m, 64)
     for l in range(LAYERS):
-        qkv = heads(P, l, x, number[..., None])
-        cache[l][..., position:position + 1, :] = qkv[:, 1:]
-        k, v = cache[l][..., :position + 1, :].unbind(1)
-        o = F.scaled_dot_product_attention(qkv[:, 0], k, v).view(S, N, WIDTH)
-        x = rest_of_layer(P, l, x, take(o, one))
+        cache[l] = torch.cat((cache[l], norm_linear(P, x, "1", "qkv", f".{l}")), 1)
+        q, k, v = heads(cache[l], path)                                        # (S m, heads, T, 32)
+        o = F.scaled_dot_product_attention(q[:, :, -1:], k, v)
+        x = rest_of_layer(P, l, x, o.view(x.shape))
     return norm_linear(P, x, "", "head").log_softmax(-1)
 
 
