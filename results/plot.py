@@ -175,6 +175,8 @@ def lag(runs, path):
 def seq(records, path):
     """Error of seqtask.py's runs against episodes, a panel per setting."""
     found = [r for r in records if r["kind"] == "curve"]
+    if "gradient_norm" in found[0]:
+        return mechanism(found, path)
     names = ["target", "reward", "length", "vocab", "candidates", "batch", "eta", "match", "seeds"]
     epochs = {(r["algo"], r["epochs"]) for r in found}
     if len(epochs) > len({algo for algo, _ in epochs}):     # else dg's differ, but are no setting
@@ -201,6 +203,20 @@ def seq(records, path):
         axis.set_ylabel("error")
     for axis in axes.flat[len(settings):]:
         axis.set_axis_off()
+    save(figure, path)
+
+
+def mechanism(found, path):
+    """What seqtask.py --diagnostics records of a setting: the first epoch of each episode."""
+    shown = {"error": "error", "gradient_norm": "gradient norm",
+             "zero_variance": "share of groups with equal scores",
+             "weight_success": "mean weight of a success (q, or |u|)"}
+    figure, [axes] = panels(1, len(shown), (4.4 * len(shown), 3.6))
+    for axis, (key, name) in zip(axes, shown.items()):
+        draw(axis, {r["algo"]: [(r["every"] * (i + 0.5), value, 0) for i, value in enumerate(r[key])]
+                    for r in found}, floor=1e-5 * (key == "gradient_norm"))
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("episode")
     save(figure, path)
 
 
