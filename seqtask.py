@@ -3,7 +3,7 @@
     python seqtask.py                        terminal reward, H = 7, 3 seeds: 2 min on two cores
     python seqtask.py --preset section4 --smoke --out a.jsonl  shrunk to minutes on a CPU
     python seqtask.py --preset table3 --length 8 --seeds 3     your flags replace the preset's
-The first one's last line (elsewhere 4.0, 22.8, 97.8, as rounding alone moves single seeds):
+The first one's last line (on another machine 4.0, 22.8, 97.8: rounding moves single seeds):
     final error, 3 seeds: tpo 1.8%, grpo 19.4%, dg 97.1%
 
 Prompt: H tokens uniform over V. The policy writes H tokens; the goal is the prompt (copy),
@@ -11,8 +11,9 @@ V - 1 - x (flip), or either one reversed. Reward per token: bag 1 if right; sequ
 all before it are right; terminal 1 on every token if all H are right, else 0. Error of an episode =
 1 - mean reward of its rollouts, before its updates.
 S seeds train side by side, on a leading axis of every parameter (on a CPU S = 1, see train). B
-prompts, K candidates, H length, V vocabulary, L = 2H - 1 tokens of a sequence as input (the last
-one is never read), N sequences: B * K, or B where one suffices or candidates are next tokens.
+prompts, K candidates, H length, V vocabulary, L = 2H - 1 tokens of a sequence as input (not the
+answer's last), N sequences (B * K, or B where one suffices or candidates are next tokens), C tokens
+weighed at each place of an answer: its own, or K next ones.
 """
 import argparse
 import io
@@ -89,7 +90,7 @@ class Run(namedtuple("Run", "target reward algo length vocab candidates batch ep
     """One algorithm at one setting: a cell of the grid that the comma lists span."""
 
     @property
-    def K(self):                                                # rollouts per prompt
+    def rollouts(self):                                         # of one prompt
         return self.candidates if self.algo in GROUPED else 1
 
     @property
@@ -109,7 +110,7 @@ class Run(namedtuple("Run", "target reward algo length vocab candidates batch ep
 
 # ---- the algorithm: sample, score, weigh, fit ----------------------------------------------------
 def episode(run, P, optimizer, prompts, uniform, started):
-    """One batch of rollouts and its gradient epochs. prompts (S, B, H), uniform (S, B, n, H);
+    """One batch of rollouts and its gradient epochs. prompts (S, B, H), uniform (S, B, K or 1, H);
     started (S,), bool, tells which seeds have ever had a gradient, and is updated. Returns notes,
     each (S,): the error and the diagnostics."""
     y, choice, logp_old = sample(run, P, prompts, uniform)
@@ -118,7 +119,7 @@ def episode(run, P, optimizer, prompts, uniform, started):
     w = weights(run, logp_old, old, scores)             # the first epoch's: p = p_old is known
     kept = (w != 0).flatten(2).any(-1)                  # (S, N) no weight, no gradient
     started |= kept.any(-1)
-    sequences = torch.cat((prompts.repeat_interleave(run.K, 1), y[..., :-1]), -1)      # (S, N, L)
+    sequences = torch.cat((prompts.repeat_interleave(run.rollouts, 1), y[..., :-1]), 2)  # (S, N, L)
     notes = {"error": 1 - r.mean((1, 2, 3))}
     for epoch in range(run.epochs):
         if epoch == 1:                                  # a seed that has never moved has p = p_old
@@ -127,7 +128,7 @@ def episode(run, P, optimizer, prompts, uniform, started):
             nodes, index = locate(run, sequences, choice, kept)
         for p in P.values():
             p.grad = torch.zeros_like(p)
-        if len(prompts) > 1 or kept.any():              # else momentum alone moves the weights
+        if len(prompts) > 1 or kept.any():      # S > 1 does not ask: a GPU would be waited for
             logp = forward(P, nodes, run.length).flatten(1).gather(1, index).view_as(logp_old)
             if epoch > 0:
                 w = weights(run, logp.detach(), old, scores)
@@ -135,14 +136,14 @@ def episode(run, P, optimizer, prompts, uniform, started):
         if epoch == 0 and run.diagnostics:
             norm = sum(p.grad.flatten(1).square().sum(1) for p in P.values()).sqrt()
             notes |= diagnostics(run, norm, old, scores)
-        for o in optimizer:
+        for o in optimizer:                     # without a gradient by momentum
             o.step()
     return notes
 
 
 def sample(run, P, prompts, uniform):
     """Answers y (S, N, H); tokens to weigh (S, N, H, C): y's, C = 1, or K next ones; their logp."""
-    y, logp = rollout(P, prompts, uniform[:, :, :run.K].flatten(1, 2))
+    y, logp = rollout(P, prompts, uniform[:, :, :run.rollouts].flatten(1, 2))
     choice = y[..., None]
     if run.algo in TOKEN:                               # the first candidate is the one written
         others = inverse_cdf(logp[:, :, None], uniform[:, :, 1:])              # (S, B, K - 1, H)
@@ -154,7 +155,7 @@ def score(run, prompts, y, choice):
     """Rewards (S, B, K, H) of the tokens written, and the scores that the method compares: of
     answers (S, B, K), of their tokens (S, B, 1, H), or of next tokens (S, B, H, K)."""
     goals = goal(run.target, prompts, run.vocab)
-    r = rewards(run.reward, y.unflatten(1, (-1, run.K)) == goals[:, :, None])
+    r = rewards(run.reward, y.unflatten(1, (-1, run.rollouts)) == goals[:, :, None])
     if run.algo not in TOKEN:
         return r, r.mean(-1) if run.algo in GROUPED else r
     scores = (choice == goals[..., None]).float()
@@ -169,7 +170,7 @@ def weights(run, logp, logp_old, scores):
     per = ALGOS[run.algo].per
     l, l_old = logp, logp_old                                                  # next: (S, B, H, K)
     if per != "next":
-        l, l_old = (x.view(*scores.shape[:2], run.K, -1) for x in (l, l_old))  # (S, B, K, H)
+        l, l_old = (x.view(*scores.shape[:2], run.rollouts, -1) for x in (l, l_old))  # (S, B, K, H)
     if per == "group":
         l, l_old = l.sum(-1), l_old.sum(-1)                                    # (S, B, K)
     if run.loss.func in BY_TARGET:                      # its mean is over the seeds too
@@ -184,22 +185,22 @@ def can_pull(run, choice, scores):
     """(S, N) bool: answers that can have a gradient on a later epoch, when p has left p_old."""
     if run.loss.func in BY_TARGET:                      # K equal candidates: p = q = 1 / K for ever
         if run.algo in GROUPED:
-            choice = choice[..., 0].unflatten(1, (-1, run.K)).mT
+            choice = choice[..., 0].unflatten(1, (-1, run.rollouts)).mT
         groups = choice != choice[..., :1]                                     # (S, B, H, K)
     elif run.algo in SINGLE:
         groups = scores != scores.mean((1, 2), keepdim=True)
     else:                                               # at rest where all scores are equal?
         groups = (standardize(scores) != 0) | ALGOS[run.algo].pulls
-    return groups.flatten(2).any(-1).repeat_interleave(run.K, 1)
+    return groups.flatten(2).any(-1).repeat_interleave(run.rollouts, 1)
 
 
 def locate(run, sequences, choice, kept):
-    """The tree of the rows kept, and where each token to weigh stands in its table (S, answers *
-    V). A row left out becomes a copy of one kept; it has no weight."""
+    """The tree of the rows kept (S > 1: of all), and where each token to weigh stands in its table
+    (S, answers * V). A row left out becomes a copy of one kept; it has no weight."""
     if len(kept) == 1:
-        one = sequences[:, kept[0].int().argmax()]                             # (1, L)
-        sequences = sequences.where(kept[..., None], one[:, None])
-    nodes = tree(sequences, run.length, run.vocab, run.K)
+        row = sequences[:, kept[0].int().argmax()]                             # (1, L)
+        sequences = sequences.where(kept[..., None], row[:, None])
+    nodes = tree(sequences, run.length, run.vocab, run.rollouts)
     node = nodes.node[..., run.length - 1:, None]                              # (S, N, H, 1)
     return nodes, (node * run.vocab + choice).flatten(1)
 
@@ -261,10 +262,11 @@ def norm_linear(P, x, norm, name, at=""):
     return torch.baddbmm(shift @ W + b, F.layer_norm(x, (WIDTH,), eps=1e-6), gain.mT * W)
 
 
-def heads(qkv, path):
-    """Queries, keys and values (S * R, heads, T, 32) on paths (S, R, T) of nodes (S, M, 3 * 64)."""
+def heads(x, path):
+    """Queries, keys and values of nodes (S, M, 3 * 64), or the last two of (S, M, 2 * 64), along
+    paths (S, R, T): each (S * R, heads, T, 32)."""
     S, R, T = path.shape
-    return take(qkv, path).view(S * R, T, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+    return take(x, path).view(S * R, T, -1, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
 
 
 def rest_of_layer(P, l, x, attended):
@@ -302,17 +304,17 @@ def distinct(key):
 
 
 def tree(tokens, H, V, K):
-    """The tree of tokens (S, N, L >= H), K neighbours with the same H first ones."""
+    """The tree of tokens (S, N, L >= H), each K neighbours with the same H first ones."""
     S, N, L = tokens.shape
     number = tokens.new_zeros(S, N)
     numbers, sizes = [], []                             # at each length of the prefix
     for t in range(L):
         number, one = distinct(number * V + tokens[..., t])
-        same = K if t < H and S > 1 else 1
+        same = K if t < H and S > 1 else 1                          # distinct() does not see it
         numbers.append(number // same)
         sizes.append(one.shape[1] // same)
     node = torch.stack([number + sum(sizes[t + 1:]) for t, number in enumerate(numbers)], -1)
-    path = node.gather(1, one[..., None].expand(-1, -1, L))
+    path = take(node, one)
     place = torch.arange(path[0].numel(), device=path.device).expand(S, -1)
     zeros = tokens.new_zeros(S, sum(sizes))
     return Tree(token=zeros.scatter(1, node.flatten(1), tokens.flatten(1)), path=path,
@@ -322,23 +324,23 @@ def tree(tokens, H, V, K):
 
 def forward(P, nodes, H, cache=None):
     """Log-probs (S, answers, V) of the token that follows each node of an answer. A list as cache
-    collects each layer's queries, keys and values, (S, M, 3 * 64)."""
+    collects each layer's keys and values, (S, M, 2 * 64)."""
     S, R, L = nodes.path.shape
+    # not take(): a product's backward is a product too, not a sum of M rows into V, one by one
     hot = [F.one_hot(nodes.token, P["token"].shape[1]), F.one_hot(nodes.source % L, 2 * H)]
-    table = torch.cat((P["token"], P["position"]), 1)   # a product's backward is a product too, not
-    x = torch.cat(hot, -1).float() @ table              # a sum of M rows into V, one by one
+    x = torch.cat(hot, -1).float() @ torch.cat((P["token"], P["position"]), 1)
     causal = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
     for l in range(LAYERS):
         qkv = norm_linear(P, x, "1", "qkv", f".{l}")
         if cache is not None:
-            cache.append(qkv)
+            cache.append(qkv[..., WIDTH:])
         q, k, v = heads(qkv, nodes.path)                                       # (S R, heads, L, 32)
         first, source = 0, nodes.source
-        if l == LAYERS - 1:                             # above it only the answer's nodes count
+        if l == LAYERS - 1:                             # from here on only the answers' count
             first, x, source = H - 1, x[:, :nodes.answers], source[:, :nodes.answers]
-            source = source // L * (L - first) + source % L - first            # place in (R, H)
+            source = source // L * (L - first) + source % L - first            # in (R, L - first)
         o = F.scaled_dot_product_attention(q[:, :, first:], k, v, causal[first:])
-        o = o.transpose(1, 2).reshape(S, -1, WIDTH)                            # (S, R * H, 64)
+        o = o.transpose(1, 2).reshape(S, -1, WIDTH)                        # (S, R (L - first), 64)
         x = rest_of_layer(P, l, x, take(o, source))
     return norm_linear(P, x, "", "head").log_softmax(-1)
 
@@ -351,7 +353,7 @@ def inverse_cdf(logp, uniform):
 @torch.no_grad()
 def rollout(P, prompts, uniform):
     """Answers y (S, N, H) to prompts (S, B, H), and log-probs (S, N, H, V) of all tokens at each
-    step: once for each distinct prefix. uniform (S, N, H) decides the samples."""
+    step, computed once for each distinct prefix. uniform (S, N, H) decides the samples."""
     (S, B, H), N, V = prompts.shape, uniform.shape[1], P["token"].shape[1]
     nodes, cache = tree(prompts, H, V, 1), []
     logp = forward(P, nodes, H, cache)                                         # (S, prompts, V)
@@ -362,8 +364,7 @@ def rollout(P, prompts, uniform):
         if t > 0:
             number, one = distinct(number * V + y[-1])
             path = torch.cat((path, cache[0].shape[1] + number[..., None]), -1)
-            paths = path.gather(1, one[..., None].expand(-1, -1, H + t))       # (S, m, H + t)
-            logp = append(P, cache, y[-1].gather(1, one), paths)
+            logp = append(P, cache, y[-1].gather(1, one), take(path, one))
         logps.append(take(logp, number))                                       # (S, N, V)
         y.append(inverse_cdf(logps[-1], uniform[..., t]))
     return torch.stack(y, -1), torch.stack(logps, 2)
@@ -374,10 +375,11 @@ def append(P, cache, token, path):
     end with the nodes that this adds to the cache."""
     x = take(P["token"], token) + P["position"][:, path.shape[-1] - 1, None]   # (S, m, 64)
     for l in range(LAYERS):
-        cache[l] = torch.cat((cache[l], norm_linear(P, x, "1", "qkv", f".{l}")), 1)
-        q, k, v = heads(cache[l], path)                                        # (S m, heads, T, 32)
-        o = F.scaled_dot_product_attention(q[:, :, -1:], k, v)
-        x = rest_of_layer(P, l, x, o.view(x.shape))
+        qkv = norm_linear(P, x, "1", "qkv", f".{l}")
+        cache[l] = torch.cat((cache[l], qkv[..., WIDTH:]), 1)
+        q = qkv[..., :WIDTH].reshape(-1, HEADS, 1, WIDTH // HEADS)             # (S m, heads, 1, 32)
+        k, v = heads(cache[l], path)                                           # (S m, heads, T, 32)
+        x = rest_of_layer(P, l, x, F.scaled_dot_product_attention(q, k, v).reshape(x.shape))
     return norm_linear(P, x, "", "head").log_softmax(-1)
 
 
@@ -419,7 +421,7 @@ class Muon:
 def optimizers(P, lr):
     """Muon for what is 2-D in the reference: embeddings, MLP kernels, the head and, a quirk that we
     keep, biases of q, k and v. AdamW for the rest, attention kernels too: they are 3-D there. Not
-    kept: optax's Nesterov momentum in AdamW, its bias correction (results/seqtask/optax.txt)."""
+    kept of optax: Nesterov in AdamW, Muon's bias correction (results/seqtask/optax.txt)."""
     names = ("token", "position", "qkv_bias", "up.", "down.", "head")
     on_muon = {name: p for name, p in P.items() if name.startswith(names) and name != "head_bias"}
     rest = [p for name, p in P.items() if name not in on_muon]
@@ -442,7 +444,7 @@ class Seeds:
     def episode(self, run):
         """The notes of one more episode, each (S,)."""
         B, H, n = run.batch * run.scale, run.length, 1 if run.algo in SINGLE else run.candidates
-        draw = lambda make: torch.stack(list(map(make, self.rngs))).to(self.started.device)
+        draw = lambda make: torch.stack([make(rng) for rng in self.rngs]).to(self.started.device)
         prompts = draw(lambda rng: torch.randint(run.vocab, (B, H), generator=rng))
         uniform = draw(lambda rng: torch.rand(B, n, H, generator=rng))
         return episode(run, self.P, self.optimizer, prompts, uniform, self.started)
@@ -461,9 +463,9 @@ class Seeds:
 
 def train(run, device, share, checkpoints=()):
     """Errors (episodes, S) of all seeds, the diagnostics {name: (episodes, S)}, and seconds. With
-    share (for CPUs) each seed runs by itself: a batch of them is as large as the largest tree (tpo
-    at H = 10: 0.53 s an episode, not 0.32). With two paths as checkpoints, the state goes to the
-    first each minute, what stood there to the second, and the same run goes on from there."""
+    share (for CPUs) each seed runs by itself: only then do sequences share prefixes. With two paths
+    as checkpoints, the state goes to the first each minute, what stood there to the second, and the
+    same run goes on from there."""
     groups = [[s] for s in range(run.seeds)] if share else [range(run.seeds)]
     parts = [Seeds(run, seeds, device) for seeds in groups]
     kind, rows, saved = [*run, share], [], load(checkpoints)     # a row per episode
@@ -521,11 +523,13 @@ def records(run, errors, notes, seconds):
 
 def report(results):
     """A table of {run: result}, and the eight best in one line, with the settings that vary."""
-    print(f"\n{'setting':>63}{'error ± s.e.':>20}{'solved':>8}{'1% at':>7}{'ms/episode':>12}")
+    width = max(len(" ".join(run.words)) for run in results)
+    print(f"\n{'setting':>{13 + width}}{'error ± s.e.':>20}{'solved':>8}{'1% at':>7}"
+          f"{'ms/episode':>12}")
     for run, r in results.items():
         se, step = r["final_error_se"], r["steps_to_1pct"]
         error = f"{r['final_error']:.1%}" + ("" if se is None else f" ± {se:.1%}")
-        print(f"{run.algo:13s}{' '.join(run.words):>50}{error:>20}{r['solved']:>8.0%}"
+        print(f"{run.algo:13s}{' '.join(run.words):>{width}}{error:>20}{r['solved']:>8.0%}"
               f"{'-' if step is None else step:>7}{r['ms_per_episode_seed']:>12.1f}")
     best = []
     for run in sorted(results, key=lambda run: results[run]["final_error"])[:8]:
@@ -600,7 +604,7 @@ def load(checkpoints):
 
 
 def read(path):
-    """The records of an earlier run of the same command, and {run: result} of its results."""
+    """The records of an earlier command with this --out, and {run: result} of its results."""
     try:
         text = path.read_text(encoding="utf-8") if path and path.exists() else ""
         log = [json.loads(line) for line in text.splitlines()]

@@ -648,7 +648,7 @@ def test_seqtask_shared_and_skipped_rows_keep_the_gradient(algo, reward, seeds):
     prompts, uniform = torch.randint(3, (S, 128, 3)), torch.rand(S, 128, n, 3)
     y, choice, logp_old = seqtask.sample(run, P, prompts, uniform)
     _, scores = seqtask.score(run, prompts, y, choice)
-    sequences = torch.cat((prompts.repeat_interleave(run.K, 1), y[..., :-1]), -1)
+    sequences = torch.cat((prompts.repeat_interleave(run.rollouts, 1), y[..., :-1]), -1)
     plain = lambda: torch.stack([plain_forward(P, s, sequences[s])[:, 2:] for s in range(S)])
     folded = lambda x: x if per == "next" else x.view(S, 128, n, 3)
     draws = seqtask.inverse_cdf(plain().unflatten(1, (128, -1)), uniform)
