@@ -177,7 +177,7 @@ def seq(records, path):
     found = [r for r in records if r["kind"] == "curve"]
     if "gradient_norm" in found[0]:
         return mechanism(found, path)
-    names = ["target", "reward", "length", "vocab", "candidates", "batch", "eta", "match", "seeds"]
+    names = ["target", "reward", "length", "vocab", "candidates", "batch", "eta", "match"]
     epochs = {(r["algo"], r["epochs"]) for r in found}
     if len(epochs) > len({algo for algo, _ in epochs}):     # else dg's differ, but are no setting
         names.append("epochs")
@@ -186,7 +186,7 @@ def seq(records, path):
         setting = tuple((name, r[name]) for name in names)
         settings.setdefault(setting, {})[r["algo"]] = r
     varied = {name for name in names if len({dict(s)[name] for s in settings}) > 1}
-    shown = varied | {"reward", "length", "vocab", "seeds"}
+    shown = varied | {"reward", "length", "vocab"}
     floor = 1e-4 if any(r["reward"] != "terminal" for r in found) else 0
     columns = min(4, len(settings))
     rows = -(-len(settings) // columns)
@@ -198,6 +198,8 @@ def seq(records, path):
             curves[algo] = [(r["every"] * (i + 0.5), *error) for i, error in enumerate(errors)]
         draw(axis, curves, floor)
         title = [v if isinstance(v, str) else f"{k} {v:g}" for k, v in setting if k in shown]
+        counts = sorted({r["seeds"] for r in runs.values()})
+        title.append(f"{' and '.join(map(str, counts))} seeds")
         axis.set_title(", ".join(title), fontsize=9)
         axis.set_xlabel("episode")
         axis.set_ylabel("error")
