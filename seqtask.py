@@ -136,7 +136,7 @@ def episode(run, P, optimizer, prompts, uniform, started):
         if epoch == 0 and run.diagnostics:
             norm = sum(p.grad.flatten(1).square().sum(1) for p in P.values()).sqrt()
             notes |= diagnostics(run, norm, old, scores)
-        for o in optimizer:                     # without a gradient by momentum
+        for o in optimizer:                     # no gradient: momentum still moves
             o.step()
     return notes
 
@@ -263,8 +263,8 @@ def norm_linear(P, x, norm, name, at=""):
 
 
 def heads(x, path):
-    """Queries, keys and values of nodes (S, M, 3 * 64), or the last two of (S, M, 2 * 64), along
-    paths (S, R, T): each (S * R, heads, T, 32)."""
+    """Queries, keys and values (S, M, 3 * 64) of nodes, or keys and values (S, M, 2 * 64), along
+    paths (S, R, T): (3 or 2, S * R, heads, T, 32)."""
     S, R, T = path.shape
     return take(x, path).view(S * R, T, -1, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
 
@@ -276,10 +276,10 @@ def rest_of_layer(P, l, x, attended):
 
 
 def take(x, index):
-    """Rows of x (S, M, C) by index (S, ...), flattened: (S, n, C)."""
-    S, M, C = x.shape
+    """Rows of x (S, M, D) by index (S, ...), flattened: (S, n, D)."""
+    S, M, D = x.shape
     index = index.flatten(1) + M * torch.arange(S, device=x.device)[:, None]
-    return x.reshape(S * M, C).index_select(0, index.flatten()).view(S, -1, C)
+    return x.reshape(S * M, D).index_select(0, index.flatten()).view(S, -1, D)
 
 
 # ---- sequences as a tree, and rollouts -----------------------------------------------------------
@@ -310,7 +310,7 @@ def tree(tokens, H, V, K):
     numbers, sizes = [], []                             # at each length of the prefix
     for t in range(L):
         number, one = distinct(number * V + tokens[..., t])
-        same = K if t < H and S > 1 else 1                          # distinct() does not see it
+        same = K if t < H and S > 1 else 1                          # distinct() merged none
         numbers.append(number // same)
         sizes.append(one.shape[1] // same)
     node = torch.stack([number + sum(sizes[t + 1:]) for t, number in enumerate(numbers)], -1)

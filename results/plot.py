@@ -215,10 +215,13 @@ def mechanism(found, path):
              "weight_success": "mean weight of a success (q, or |u|)"}
     figure, [axes] = panels(1, len(shown), (4.4 * len(shown), 3.6))
     for axis, (key, name) in zip(axes, shown.items()):
-        draw(axis, {r["algo"]: [(r["every"] * (i + 0.5), value, 0) for i, value in enumerate(r[key])]
-                    for r in found}, floor=1e-5 * (key == "gradient_norm"))
+        curves = {r["algo"]: [(r["every"] * (i + 0.5), x, 0) for i, x in enumerate(r[key])]
+                  for r in found}
+        draw(axis, curves, floor=1e-5 * (key == "gradient_norm"))
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("episode")
+    r = found[0]
+    figure.suptitle(f"H {r['length']}, K {r['candidates']}, B {r['batch']}, {r['seeds']} seeds")
     save(figure, path)
 
 
