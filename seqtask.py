@@ -3,8 +3,8 @@
     python seqtask.py                        terminal reward, H = 7, 3 seeds: 2 min on two cores
     python seqtask.py --preset section4 --smoke --out a.jsonl  shrunk to minutes on a CPU
     python seqtask.py --preset table3 --length 8 --seeds 3     your flags replace the preset's
-The first one's last line (on another machine 4.0, 22.8, 97.8: rounding moves single seeds):
-    final error, 3 seeds: tpo 1.8%, grpo 19.4%, dg 97.1%
+The first one's last line (on another machine 1.8, 19.4, 97.1: rounding moves single seeds):
+    final error, 3 seeds: tpo 2.1%, grpo 6.5%, dg 97.4%
 
 Prompt: H tokens uniform over V. The policy writes H tokens; the goal is the prompt (copy),
 V - 1 - x (flip), or either one reversed. Reward per token: bag 1 if right; sequential 1 if it and
