@@ -192,11 +192,7 @@ def seq(records, path):
     rows = -(-len(settings) // columns)
     figure, axes = panels(rows, columns, (5 * columns, 3.6 * rows))
     for axis, (setting, runs) in zip(axes.flat, settings.items()):
-        curves = {}
-        for algo, r in runs.items():
-            errors = zip(r["error"], r["error_se"] or [0] * len(r["error"]))
-            curves[algo] = [(r["every"] * (i + 0.5), *error) for i, error in enumerate(errors)]
-        draw(axis, curves, floor)
+        draw(axis, {algo: over_episodes(r, "error") for algo, r in runs.items()}, floor)
         title = [v if isinstance(v, str) else f"{k} {v:g}" for k, v in setting if k in shown]
         counts = sorted({r["seeds"] for r in runs.values()})
         title.append(f"{' and '.join(map(str, counts))} seeds")
@@ -215,14 +211,19 @@ def mechanism(found, path):
              "weight_success": "mean weight of a success (q, or |u|)"}
     figure, [axes] = panels(1, len(shown), (4.4 * len(shown), 3.6))
     for axis, (key, name) in zip(axes, shown.items()):
-        curves = {r["algo"]: [(r["every"] * (i + 0.5), x, 0) for i, x in enumerate(r[key])]
-                  for r in found}
+        curves = {r["algo"]: over_episodes(r, key) for r in found}
         draw(axis, curves, floor=1e-5 * (key == "gradient_norm"))
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("episode")
     r = found[0]
     figure.suptitle(f"H {r['length']}, K {r['candidates']}, B {r['batch']}, {r['seeds']} seeds")
     save(figure, path)
+
+
+def over_episodes(r, key):
+    """The points [(episode, mean, s.e.), ...] of a curve of seqtask.py; 0 where no s.e. is kept."""
+    errors = r.get(f"{key}_se") or [0] * len(r[key])
+    return [(r["every"] * (i + 0.5), *point) for i, point in enumerate(zip(r[key], errors))]
 
 
 def panels(rows, columns, size):
