@@ -112,9 +112,9 @@ class Vocabulary:
 
 # what an earlier model can have left in a folder, where it would be loaded instead or as well
 MODEL_FILES = re.compile(
-    r"(?:pytorch_|adapter_)?model\b.*\.(?:safetensors|bin|json)|adapter_config\.json|"
-    r"(?:tokenizer|vocab|merges|added_tokens|special_tokens_map|chat_template)\b.*|"
-    r"generation_config\.json")
+    r"(?:pytorch_|adapter_)?model(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?|"
+    r"(?:tokenizer|vocab|merges|chat_template)\.(?:json|txt|model|jinja)|"
+    r"(?:adapter_config|generation_config|tokenizer_config|added_tokens|special_tokens_map)\.json")
 
 
 def export(library, tokenizer, folder):
