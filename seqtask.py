@@ -52,12 +52,12 @@ PRESETS = {
     "table1": f"{DENSE} --vocab 2,4,8,16 --seeds 20",
     "table2": f"{DENSE} --reward bag,sequential --target copy,flip,reverse_copy,reverse_flip",
     "table3": f"{TERMINAL} --length 7,8,9,10 --match prompts,interactions",
-    "fig8": f"{TERMINAL} --algo tpo,tpo_no_anchor,group_pg,grpo_no_kl",
+    "fig8": f"{TERMINAL} --algo tpo,tpo_no_anchor,group_pg,grpo_no_kl --epochs 4",
     "eta": f"{DENSE} --algo tpo_token --eta .25,.5,1,2,4",
     "ksweep": f"{SECTION4} --candidates 4,8,16,32,64 --seeds 30",
     "epochs": f"{SECTION4} --epochs 1,2,4,8,16 --seeds 30",
     "masking": f"{SECTION4} --algo tpo,grpo,grpo_masked --seeds 30",
-    "dg-epochs": f"{SECTION4} --algo dg --dg-epochs 1,4",
+    "dg-epochs": f"{SECTION4} --algo dg --epochs 1,4",
     "section4": f"{SECTION4} --diagnostics --seeds 10"}
 flag = lambda default, help: field(default=default, metadata={"help": help})
 
@@ -65,7 +65,7 @@ flag = lambda default, help: field(default=default, metadata={"help": help})
 @dataclass(frozen=True)
 class Config:
     preset: str = flag("", f"an experiment of the paper: {', '.join(PRESETS)}")
-    smoke: bool = flag(False, "minutes on a CPU: 1 seed, H to 6, 300 episodes, B 50, K 8")
+    smoke: bool = flag(False, "minutes, unless given: 1 seed, H up to 6, 300 episodes, B 50, K 8")
     target: str = flag("reverse_copy", "copy, flip, reverse_copy, reverse_flip *")
     reward: str = flag("terminal", "bag, sequential, terminal *")
     algo: str = flag("tpo,grpo,dg", f"{', '.join(ALGOS)} *")
@@ -73,8 +73,7 @@ class Config:
     vocab: str = flag("2", "V, tokens to choose from *")
     candidates: str = flag("8", "K, candidates in a group *")
     batch: int = flag(100, "B, prompts per episode")
-    epochs: str = flag("4", "gradient epochs, dg's aside; some losses want 1: see baselines.py *")
-    dg_epochs: str = flag("1", "the same for dg and ddpg, which are one here *")
+    epochs: str = flag("own", "gradient epochs; own: 4 or 1, as baselines.py has for the loss *")
     eta: str = flag("1", "temperature of TPO's target and of DG's gate, and REBEL's eta *")
     lr: float = flag(1e-3, "learning rate of Muon and of AdamW")
     episodes: int = flag(300, "batches of rollouts")
@@ -206,13 +205,13 @@ def locate(run, sequences, choice, kept):
 
 
 def diagnostics(run, norm, old, scores):
-    """Of a grouped algorithm, each (S,): what the first epoch sees. A weight is q, or |u|."""
+    """Of a grouped loss's first epoch, each (S,). A weight is q or |u|; NaN if there is none."""
     u = standardize(scores)
     weight = u.abs()
     if run.loss.func in BY_TARGET:
         weight = tpo_target(old.view(*scores.shape, -1).sum(-1), scores, **run.loss.keywords)
     solved = scores == 1                                                       # (S, B, K)
-    mean = lambda which: weight.where(which, 0).sum((1, 2)) / which.sum((1, 2)).clamp(min=1)
+    mean = lambda which: weight.where(which, 0).sum((1, 2)) / which.sum((1, 2))
     return {"gradient_norm": norm,
             "groups_with_success": solved.any(-1).float().mean(1),
             "zero_variance": (u == 0).all(-1).float().mean(1),
@@ -498,19 +497,21 @@ def train(run, device, share, checkpoints=()):
 
 # ---- records, files and flags --------------------------------------------------------------------
 def rounded(x):
-    return [float(f"{v:.4g}") for v in x.tolist()] if x.ndim else float(f"{x:.4g}")
+    four = lambda v: float(f"{v:.4g}") if v == v else None          # JSON has no NaN
+    return [four(v) for v in x.tolist()] if x.ndim else four(x.item())
 
 
 def records(run, errors, notes, seconds):
     """A curve, each point a mean over episodes, and the result, of the last 10 of them."""
     T, S = errors.shape
     every = max(1, T // 200)
-    thin = lambda x: x[:T // every * every].view(-1, every, S).mean(1)                # (points, S)
+    points = lambda x: x[:T // every * every].view(-1, every, S)
+    thin = points(errors).mean(1)                                              # (points, S)
     error_of_mean = lambda x: rounded(x.std(-1) / S**0.5) if S > 1 else None
     curve = {"kind": "curve", **run._asdict(), "every": every,
-             "error": rounded(thin(errors).mean(1)), "error_se": error_of_mean(thin(errors)),
-             "error_per_seed": [rounded(error) for error in thin(errors).T]}
-    curve |= {name: rounded(thin(note).mean(1)) for name, note in notes.items()}
+             "error": rounded(thin.mean(1)), "error_se": error_of_mean(thin),
+             "error_per_seed": [rounded(error) for error in thin.T]}
+    curve |= {name: rounded(points(note).flatten(1).nanmean(1)) for name, note in notes.items()}
     final = errors[-10:].mean(0)                                               # (S,)
     below = (errors.mean(1) < 0.01).nonzero()
     return curve, {"kind": "result", **run._asdict(), "final_error": rounded(final.mean()),
@@ -625,11 +626,11 @@ def values(cfg, name):
     try:
         lone = name in ("preset", "device")             # these take no comma list
         entries = [kind(x) for x in ([given] if lone else str(given).split(","))]
-        fine = all(x in allowed if allowed else 0 < x < torch.inf for x in entries)
+        fine = all(x in allowed if allowed else 1e-6 <= x < torch.inf for x in entries)
     except ValueError:                                  # no number
         fine = False
     if not fine:
-        numbers = f"{'whole' if kind is int else 'finite'} numbers above 0"
+        numbers = "whole numbers above 0" if kind is int else "finite numbers from 1e-6"
         fail(f"--{name.replace('_', '-')} {given}: allowed are {', '.join(allowed or [numbers])}")
     return entries
 
@@ -660,14 +661,19 @@ def parse(argv):
 
 
 def grid(cfg):
-    """The runs of all combinations, algo changing faster than all but epochs."""
+    """The runs of all combinations that differ, algo changing faster than all but epochs."""
     names = "target reward length vocab candidates batch eta lr match seeds episodes algo".split()
     runs = []
     for cell in product(*(values(cfg, name) for name in names)):
         setting = dict(zip(names, cell))
-        if setting["algo"] not in SINGLE:               # a group has its K rollouts either way
+        method, lone = ALGOS[setting["algo"]], setting["algo"] in SINGLE
+        if not lone:                                    # a group has its K rollouts either way
             setting["match"] = "prompts"
-        for epochs in values(cfg, "dg_epochs" if setting["algo"] in ("dg", "ddpg") else "epochs"):
+        elif setting["match"] == "prompts":             # here K says nothing
+            setting["candidates"] = values(cfg, "candidates")[0]
+        if "eta" not in method.takes:
+            setting["eta"] = 1.0
+        for epochs in [method.epochs] if cfg.epochs == "own" else values(cfg, "epochs"):
             runs.append(Run(epochs=epochs, diagnostics=cfg.diagnostics, **setting))
             check(runs[-1])
     return list(dict.fromkeys(runs))

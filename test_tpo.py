@@ -92,7 +92,7 @@ REFUSED = {bandit: """
 """, seqtask: """
 --algo tpo_token | tpo_token --reward terminal; --reward dense | dense: bag, sequential, terminal
 --algo maxrl --reward bag | maxrl --reward bag: terminal; --candidates 1 --algo dg,grpo | 1 grpo
---length 0 | 0: whole above; --vocab x | x: whole; --seeds 1.5 | 1.5 int; --eta 0 | 0: finite above
+--length 0 | 0: whole above; --vocab x | x: whole; --seeds 1.5 | 1.5 int; --eta 0 | 0: finite from
 --lr nan | nan: finite; --preset table9, --preset table3,fig8 | table1, table2
 --device tpu, --device cpu,cpu | cpu
 --epoch 3 | not a flag --epochs; --diagnostics --algo dg | dg: allowed tpo
@@ -769,6 +769,11 @@ def test_seqtask_diagnostics_by_hand():
                                     torch.zeros(1, 8, 3, 1), scores)
         expected = torch.tensor([2, 0.5, 0.5, *weights])
         close(torch.cat([*notes.values()]), expected, atol=1e-5, rtol=0)
+    none = seqtask.diagnostics(RUN, torch.zeros(1), torch.zeros(1, 8, 3, 1), torch.zeros(1, 2, 4))
+    assert none["weight_success"].isnan() and none["weight_failure"] > 0
+    notes = {"weight_success": torch.tensor([[math.nan, 2], [math.nan, 4]] + [[math.nan] * 2] * 3)}
+    curve, _ = seqtask.records(RUN._replace(seeds=2), torch.zeros(5, 2), notes, 1)
+    assert curve["weight_success"] == [2, 4, None, None, None]
 
 
 @each("preset, count", table("""
@@ -779,9 +784,10 @@ def test_seqtask_presets(preset, count):
     runs, small, three = (seqtask.parse(["--preset", preset, *flags.split()])[1]
                           for flags in ("", "--smoke", "--seeds 3"))
     assert len(runs) == int(count) and three[0].seeds == 3
-    assert all(run.epochs == 1 for run in runs if run.algo == "dg") or preset == "dg-epochs"
+    assert all(run.epochs == 4 - 3 * (run.algo == "dg") for run in runs) or "epochs" in preset
     assert all(run.episodes <= 300 and run.length <= 6 for run in small)
     assert len(seqtask.parse("--algo tpo,tpo,dg --match prompts,interactions".split())[1]) == 3
+    assert len(seqtask.parse("--algo grpo,dg --eta 1,2 --candidates 4,8".split())[1]) == 4
 
 
 def test_seqtask_weights_that_are_not_finite_stop_the_run(monkeypatch, capsys):

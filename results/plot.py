@@ -223,7 +223,8 @@ def mechanism(found, path):
 def over_episodes(r, key):
     """The points [(episode, mean, s.e.), ...] of a curve of seqtask.py; 0 where no s.e. is kept."""
     errors = r.get(f"{key}_se") or [0] * len(r[key])
-    return [(r["every"] * (i + 0.5), *point) for i, point in enumerate(zip(r[key], errors))]
+    return [(r["every"] * (i + 0.5), *point) for i, point in enumerate(zip(r[key], errors))
+            if point[0] is not None]
 
 
 def panels(rows, columns, size):
