@@ -12,7 +12,7 @@ mnist   Fig. 4: one sampled label per image, reward 1 if right; MLP 784-50-50-10
 error = 1 - pi(y), mnist: test error. misalignment = 1 - cos(g, the oracle's g) for the update g in
 logit space; the oracle is CE, in single pi(y) times CE. All S seeds run in one batch of tensors,
 each with a random stream of its own; B = batch of actions. The later losses of baselines.py take
-GRPO's step in single, ddpg, oapl and kondo apart; in multi, lpo apart, PG's, CE's or GRPO's.
+GRPO's step in single (not ddpg, oapl, kondo); in multi PG's, CE's or GRPO's (not lpo, ddpg, kondo).
 """
 import argparse
 import gzip
@@ -61,7 +61,6 @@ class Config:
 
 
 # ---- single: sampled gradients in logit space (Fig. 2) -------------------------------------------
-
 def sample(pi, uniform):
     """Actions by inverse CDF of pi (..., K) from uniform numbers (..., n)."""
     actions = torch.searchsorted(pi.cumsum(-1), uniform)
@@ -96,7 +95,6 @@ def single(algo, seeds, steps, eta):
 
 
 # ---- multi: exact gradients (Fig. 3) -------------------------------------------------------------
-
 def beta(algo, p, eta):
     """The update is beta (e_y - pi) at correct-arm probability p, one of 10 arms."""
     return {"ce": lambda: torch.ones_like(p),
@@ -114,8 +112,8 @@ def beta_plus(p, eta):
 
 def multi(algo, seeds, steps, eta):
     logits = torch.stack([torch.randn(10, 100, generator=rng, dtype=torch.float64)
-                          for rng in streams(seeds)])            # (S, 10, 100): contexts last is
-    e_y = F.one_hot(torch.tensor(0), 10)[:, None]                # 7 times faster
+                          for rng in streams(seeds)])    # (S, 10, 100): faster with contexts last
+    e_y = F.one_hot(torch.tensor(0), 10)[:, None]
     pi = logits.softmax(1)
     for step in range(steps):
         v = e_y - pi
@@ -127,7 +125,6 @@ def multi(algo, seeds, steps, eta):
 
 
 # ---- mnist: one sampled label per image (Fig. 4) -------------------------------------------------
-
 def mnist_loss(algo, logp, a, y, eta):
     """Mean over the batch, summed over the S seeds. logp (S, B, 10); a, y (S, B)."""
     S, B, _ = logp.shape
@@ -261,7 +258,6 @@ def load_mnist(folder):
 
 
 # ---- shared by the three -------------------------------------------------------------------------
-
 def streams(seeds):
     return [torch.Generator().manual_seed(seed) for seed in range(seeds)]
 
@@ -332,7 +328,6 @@ def cell(x, se=None):
 
 
 # ---- files, flags and errors ---------------------------------------------------------------------
-
 def fail(message):
     print(f"bandit.py: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -427,4 +422,7 @@ def main(argv=None):
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):                   # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)    # "| head" ends the run without a word
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted; --out keeps the methods that were done")

@@ -252,7 +252,7 @@ class Trainer:
         """Returns the gradient norm."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained])
         if not norm.isfinite():
-            fail(f"gradient norm {norm:g} at update {self.step}: start again with a lower --lr "
+            fail(f"gradient norm {norm:g} at update {self.step + 1}: start again with a lower --lr "
                  f"(now {self.c.lr}) or a higher --eta (now {self.c.eta})", 1)
         for optimizer, _ in self.optimizers:
             optimizer.step()
@@ -328,6 +328,7 @@ class Trainer:
         else:
             for file in files:                  # a run killed early would resume an older one
                 file.unlink()
+                print(f"{file}: deleted; --resume would have gone on from it")
             self.warm_start()
         print(f"{c.algo}: {self.params:,} parameters, {self.vocabulary.size} tokens, "
               f"{self.device}; e.g. {self.eval_items[0][0][:200]!r}")
@@ -358,7 +359,7 @@ class Trainer:
                  steps=c.steps, pass1_before=first["pass1"], pass1_after=last["pass1"],
                  greedy_after=last["greedy"], seconds=round(seconds, 2),
                  sample_tok_s=last["sample_tok_s"], train_tok_s=last["train_tok_s"],
-                 peak_mb=round(torch.cuda.max_memory_allocated(self.device.index) / 2**20))
+                 gpu_peak_mb=round(torch.cuda.max_memory_allocated(self.device.index) / 2**20))
         example = last["example"]
         print(example["prompt"])
         for text, score in zip(example["completions"], example["scores"]):
@@ -611,7 +612,7 @@ class Muon(torch.optim.Optimizer):
     """Each matrix moves along its momentum, made nearly orthogonal by five Newton-Schulz steps:
     by lr sqrt(max(1, rows / columns)) (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    In fp32 on purpose: torch.optim.Muon's bf16 takes 20 times as long on CPUs that lack it.
+    In fp32 on purpose: torch.optim.Muon's bf16 is far slower on CPUs that lack it.
     """
     @torch.no_grad()
     def step(self):
@@ -895,6 +896,8 @@ def parse(argv, trainer):
         defaults = trainer.tuned.get(algo, {}) | getattr(task, "defaults", {})
         configs.append(trainer.Config(**defaults | given, algo=algo))
         validate(configs[-1])
+        if idle := {"eta", "clip", "beta", "anchor"} & (given.keys() - METHODS[algo].takes):
+            print(f"{algo} takes no {', '.join(map(flag_name, sorted(idle)))}")
     return configs
 
 

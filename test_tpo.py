@@ -800,7 +800,7 @@ def test_seqtask_weights_that_are_not_finite_stop_the_run(monkeypatch, capsys):
 
 TINY = ("--device cpu --width 32 --layers 1 --prompts 6 --candidates 4 --warm-steps 4 --steps 5 "
         "--eval-every 2 --eval-puzzles 8").split()
-TIMES = {"seconds", "sample_tok_s", "train_tok_s", "peak_mb", "out", "resume"}
+TIMES = {"seconds", "sample_tok_s", "train_tok_s", "gpu_peak_mb", "out", "resume"}
 RUN_0 = "graph_color-tpo-0"
 
 
@@ -1157,7 +1157,7 @@ def test_tuned_settings_are_the_best_that_were_recorded():
             assert {name: getattr(c, name) for name in setting} == setting
 
 
-def test_settings_are_defaults_then_tuned_ones_then_the_tasks_then_flags(monkeypatch):
+def test_settings_are_defaults_then_tuned_ones_then_the_tasks_then_flags(monkeypatch, capsys):
     for c in parse("--algo " + ",".join(METHODS)):
         assert c == llm_rlvr.Config(algo=c.algo, **llm_rlvr.TUNED.get(c.algo, {}))
     for c in parse("--algo tpo,ppo,pg,rloo --lr 0.5 --epochs 2 --task addition --recompute"):
@@ -1168,6 +1168,9 @@ def test_settings_are_defaults_then_tuned_ones_then_the_tasks_then_flags(monkeyp
     for extreme in ("--algo pg --candidates 1", "--eta 1e-6", "--eta 1e6", "--anchor 0", "--seed 0",
                     f"--seed {2**63 - 1}", "--warm-steps 0", "--width 8 --kv-heads 4"):
         assert parse(extreme)
+    assert capsys.readouterr().out == ""
+    parse("--algo tpo,dapo --clip 0.1 --eta 2")
+    assert capsys.readouterr().out == "tpo takes no --clip\ndapo takes no --clip, --eta\n"
 
 
 # ---- llm_rlvr.py: runs, files, errors ------------------------------------------------------------
@@ -1193,7 +1196,7 @@ def test_runs_log_and_print(tmp_path, capsys, monkeypatch):
             params=sum(p.numel() for p in tiny().trained), pass1_before=first["pass1"],
             pass1_after=last["pass1"], greedy_after=last["greedy"])]
         seconds = [r["seconds"] for r in log if "seconds" in r]
-        assert [0, *seconds, 100] == sorted([0, *seconds, 100]) and result["peak_mb"] == 0
+        assert [0, *seconds, 100] == sorted([0, *seconds, 100]) and result["gpu_peak_mb"] == 0
         assert last["example"]["prompt"] in out
         line = (f"{label} took graph_color from {first['pass1']:.1%} to {last['pass1']:.1%} pass@1 "
                 f"(greedy {last['greedy']:.1%}) on 8 heldout puzzles in 5 updates and ")
@@ -1343,7 +1346,7 @@ def test_scores_that_are_no_numbers_are_one_line(score, said, tmp_path, capsys, 
 def test_a_gradient_that_is_not_finite_is_one_line(capsys):
     t = tiny()
     t.score, t.slope = lambda *_: torch.eye(6, 4), lambda logp, *_: logp / 0
-    one_line(capsys, f"gradient nan update 0 --lr {t.c.lr} --eta {t.c.eta}", t.update, status=1)
+    one_line(capsys, f"gradient nan update 1 --lr {t.c.lr} --eta {t.c.eta}", t.update, status=1)
 
 
 def test_readmes_task_of_ones_own_runs_with_a_snowman_in_ascii(tmp_path, monkeypatch):

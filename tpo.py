@@ -19,8 +19,8 @@ import torch
 
 
 def standardize(scores, mask=None):
-    """z-scores u (..., K), 0 where all are within 1e-6 max|s| of their mean. 16-bit scores round by
-    more (fp16 5e-4 s, bf16 4e-3 s): two that should be equal, a bit apart, count as signal."""
+    """z-scores u (..., K), 0 where all are within 1e-6 max|s| of their mean. Noise beyond that is
+    signal: sums that cancel (round them), 16-bit scores a bit apart (fp16 5e-4 s, bf16 4e-3 s)."""
     s, mask = _prepare(scores, mask)
     count = mask.sum(-1, keepdim=True)                    # (..., 1)
     top = s.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)

@@ -12,6 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import bandit
 
+if not sys.argv[1:] or not set(sys.argv[1:]) <= set(bandit.ALGOS["mnist"]):
+    raise SystemExit(f"mnist_seeds.py: allowed are some of {', '.join(bandit.ALGOS['mnist'])}")
 bandit.streams = lambda seeds: [torch.Generator().manual_seed(20 + seed) for seed in range(seeds)]
 bandit.EVERY["mnist"] = 2000
 data = list(bandit.load_mnist(bandit.Config().data))

@@ -15,6 +15,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 import llm_rlvr
 import pretrained
 
+if len(sys.argv) < 3:
+    raise SystemExit("pretrained_check.py: give the folders MODEL and GSM8K")
 folder, data, count = (*sys.argv[1:], "20")[:3]
 library, tokenizer = pretrained.read_folder(folder)
 model, vocabulary = pretrained.as_gpt(library), pretrained.Vocabulary(library, tokenizer)

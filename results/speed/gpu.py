@@ -194,7 +194,8 @@ def generate():
             module.float()
     generator = torch.Generator("cuda").manual_seed(0)
 
-    def rate(work):
+    def rate(cudnn, work):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)     # off in llm_rlvr.py, on by default
         for _ in range(2):                                          # the first loads what is needed
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -204,8 +205,8 @@ def generate():
         return B * K * T / (time.perf_counter() - start)
 
     show("sampling at 0.6B, tok/s",
-         ours=rate(lambda: llm_rlvr.sample(ours, prompts, K, T, ends, generator)),
-         generate=rate(lambda: library.generate(
+         ours=rate(False, lambda: llm_rlvr.sample(ours, prompts, K, T, ends, generator)),
+         generate=rate(True, lambda: library.generate(
              prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0,
              num_return_sequences=K, min_new_tokens=T, max_new_tokens=T, pad_token_id=0)))
 
@@ -219,11 +220,8 @@ def seeds_at_once(algo, reward):
 
 
 def main():
-    if not torch.cuda.is_available():
-        sys.exit("results/speed/gpu.py: needs a CUDA device")
-    rates = machine()
     checks = {"tests": [tests], "cudnn": [cudnn], "log-probs": [log_probs], "resume": [resume],
-              "updates": [partial(large_update, size, *rates, rank)
+              "updates": [lambda size=size, rank=rank: large_update(size, *rates, rank)
                           for size in SIZES for rank in (0, 32)],
               "generate": [generate],
               "seqtask": [partial(seeds_at_once, "tpo", "terminal"),
@@ -231,7 +229,13 @@ def main():
               "default": [partial(default_job, "--seed", str(seed)) for seed in range(3)],
               "compiled": [partial(default_job, "--compile", "--seed", str(seed))
                            for seed in range(3)]}
-    for name in sys.argv[1:] or checks:
+    names = sys.argv[1:] or checks
+    if not set(names) <= set(checks):
+        sys.exit(f"results/speed/gpu.py {' '.join(names)}: allowed are {', '.join(checks)}")
+    if not torch.cuda.is_available():
+        sys.exit("results/speed/gpu.py: needs a CUDA device")
+    rates = machine()
+    for name in names:
         for check in checks[name]:
             try:
                 check()
