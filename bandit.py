@@ -425,4 +425,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted; --out keeps the methods that were done")
+        fail("interrupted; with --out the methods that were done are kept")

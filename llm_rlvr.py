@@ -328,7 +328,7 @@ class Trainer:
         else:
             for file in files:                  # a run killed early would resume an older one
                 file.unlink()
-                print(f"{file}: deleted; --resume would have gone on from it")
+                print(f"deleted {file}; --resume would have gone on")
             self.warm_start()
         print(f"{c.algo}: {self.params:,} parameters, {self.vocabulary.size} tokens, "
               f"{self.device}; e.g. {self.eval_items[0][0][:200]!r}")
@@ -359,7 +359,7 @@ class Trainer:
                  steps=c.steps, pass1_before=first["pass1"], pass1_after=last["pass1"],
                  greedy_after=last["greedy"], seconds=round(seconds, 2),
                  sample_tok_s=last["sample_tok_s"], train_tok_s=last["train_tok_s"],
-                 gpu_peak_mb=round(torch.cuda.max_memory_allocated(self.device.index) / 2**20))
+                 peak_mb=round(torch.cuda.max_memory_allocated(self.device.index) / 2**20))
         example = last["example"]
         print(example["prompt"])
         for text, score in zip(example["completions"], example["scores"]):
@@ -897,7 +897,7 @@ def parse(argv, trainer):
         configs.append(trainer.Config(**defaults | given, algo=algo))
         validate(configs[-1])
         if idle := {"eta", "clip", "beta", "anchor"} & (given.keys() - METHODS[algo].takes):
-            print(f"{algo} takes no {', '.join(map(flag_name, sorted(idle)))}")
+            print(f"the loss of {algo} takes no {', '.join(map(flag_name, sorted(idle)))}")
     return configs
 
 

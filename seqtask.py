@@ -52,12 +52,12 @@ PRESETS = {
     "table1": f"{DENSE} --vocab 2,4,8,16 --seeds 20",
     "table2": f"{DENSE} --reward bag,sequential --target copy,flip,reverse_copy,reverse_flip",
     "table3": f"{TERMINAL} --length 7,8,9,10 --match prompts,interactions",
-    "fig8": f"{TERMINAL} --algo tpo,tpo_no_anchor,group_pg,grpo_no_kl --epochs 4",
+    "fig8": f"{TERMINAL} --algo tpo,tpo_no_anchor,group_pg,grpo_no_kl",
     "eta": f"{DENSE} --algo tpo_token --eta .25,.5,1,2,4",
     "ksweep": f"{SECTION4} --candidates 4,8,16,32,64 --seeds 30",
     "epochs": f"{SECTION4} --epochs 1,2,4,8,16 --seeds 30",
     "masking": f"{SECTION4} --algo tpo,grpo,grpo_masked --seeds 30",
-    "dg-epochs": f"{SECTION4} --algo dg --epochs 1,4",
+    "dg-epochs": f"{SECTION4} --algo dg --dg-epochs 1,4",
     "section4": f"{SECTION4} --diagnostics --seeds 10"}
 flag = lambda default, help: field(default=default, metadata={"help": help})
 
@@ -65,7 +65,7 @@ flag = lambda default, help: field(default=default, metadata={"help": help})
 @dataclass(frozen=True)
 class Config:
     preset: str = flag("", f"an experiment of the paper: {', '.join(PRESETS)}")
-    smoke: bool = flag(False, "minutes, unless given: 1 seed, H up to 6, 300 episodes, B 50, K 8")
+    smoke: bool = flag(False, "1 seed, H to 6, 300 episodes, B 50, K 8, where no flag says more")
     target: str = flag("reverse_copy", "copy, flip, reverse_copy, reverse_flip *")
     reward: str = flag("terminal", "bag, sequential, terminal *")
     algo: str = flag("tpo,grpo,dg", f"{', '.join(ALGOS)} *")
@@ -73,7 +73,8 @@ class Config:
     vocab: str = flag("2", "V, tokens to choose from *")
     candidates: str = flag("8", "K, candidates in a group *")
     batch: int = flag(100, "B, prompts per episode")
-    epochs: str = flag("own", "gradient epochs; own: 4 or 1, as baselines.py has for the loss *")
+    epochs: str = flag("4", "gradient epochs, dg's aside; some losses want 1: see baselines.py *")
+    dg_epochs: str = flag("1", "the same for dg and ddpg, which are one here *")
     eta: str = flag("1", "temperature of TPO's target and of DG's gate, and REBEL's eta *")
     lr: float = flag(1e-3, "learning rate of Muon and of AdamW")
     episodes: int = flag(300, "batches of rollouts")
@@ -622,15 +623,16 @@ def values(cfg, name):
                "target": ("copy", "flip", "reverse_copy", "reverse_flip"),
                "reward": ("bag", "sequential", "terminal"),
                "device": ["cpu"] + ["cuda"] * torch.cuda.is_available()}.get(name)
-    kind = str if allowed else float if name in ("eta", "lr") else int
+    low = {"eta": 1e-6, "lr": 1e-12}.get(name, 1)
+    kind = str if allowed else int if low == 1 else float
     try:
         lone = name in ("preset", "device")             # these take no comma list
         entries = [kind(x) for x in ([given] if lone else str(given).split(","))]
-        fine = all(x in allowed if allowed else 1e-6 <= x < torch.inf for x in entries)
+        fine = all(x in allowed if allowed else low <= x < torch.inf for x in entries)
     except ValueError:                                  # no number
         fine = False
     if not fine:
-        numbers = "whole numbers above 0" if kind is int else "finite numbers from 1e-6"
+        numbers = f"{'whole' if kind is int else 'finite'} numbers from {low}"
         fail(f"--{name.replace('_', '-')} {given}: allowed are {', '.join(allowed or [numbers])}")
     return entries
 
@@ -661,19 +663,14 @@ def parse(argv):
 
 
 def grid(cfg):
-    """The runs of all combinations that differ, algo changing faster than all but epochs."""
+    """The runs of all combinations, algo changing faster than all but epochs."""
     names = "target reward length vocab candidates batch eta lr match seeds episodes algo".split()
     runs = []
     for cell in product(*(values(cfg, name) for name in names)):
         setting = dict(zip(names, cell))
-        method, lone = ALGOS[setting["algo"]], setting["algo"] in SINGLE
-        if not lone:                                    # a group has its K rollouts either way
+        if setting["algo"] not in SINGLE:               # a group has its K rollouts either way
             setting["match"] = "prompts"
-        elif setting["match"] == "prompts":             # here K says nothing
-            setting["candidates"] = values(cfg, "candidates")[0]
-        if "eta" not in method.takes:
-            setting["eta"] = 1.0
-        for epochs in [method.epochs] if cfg.epochs == "own" else values(cfg, "epochs"):
+        for epochs in values(cfg, "dg_epochs" if setting["algo"] in ("dg", "ddpg") else "epochs"):
             runs.append(Run(epochs=epochs, diagnostics=cfg.diagnostics, **setting))
             check(runs[-1])
     return list(dict.fromkeys(runs))

@@ -113,7 +113,8 @@ class Vocabulary:
 # what an earlier model can have left in a folder, where it would be loaded instead or as well
 MODEL_FILES = re.compile(
     r"(?:pytorch_|adapter_)?model(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?|"
-    r"(?:tokenizer|vocab|merges|chat_template)\.(?:json|txt|model|jinja)|"
+    r"tokenizer(?:\.[\d.]+)?\.json|tokenizer\.model|vocab\.(?:json|txt)|merges\.txt|"
+    r"chat_template\.(?:json|jinja)|"
     r"(?:adapter_config|generation_config|tokenizer_config|added_tokens|special_tokens_map)\.json")
 
 

@@ -163,9 +163,12 @@ def test_run_resume_and_export_to_transformers(extra, tmp_path, capsys):
              "--eval-every", "1"]
     run = [folder, *flags, "--eval-puzzles", "2", "--device", "cpu", "--out", str(tmp_path / "out")]
     hub_folder(tmp_path / "1")                  # in several files, with an index of the old ones
-    (tmp_path / "1/notes.txt").write_text("mine")
+    mine, stale = {"notes.txt", "tokenizer.py", "model.md"}, {"merges.txt", "tokenizer.4.0.0.json"}
+    for name in mine | stale:
+        (tmp_path / "1" / name).write_text("{}")
     pretrained.main([*run, "--export", str(tmp_path / "1")])
-    assert (tmp_path / "1/notes.txt").exists() and not list(tmp_path.glob("1/*index*"))
+    assert mine <= {*os.listdir(tmp_path / "1")} and not stale & {*os.listdir(tmp_path / "1")}
+    assert not list(tmp_path.glob("1/*index*"))
     assert "took jsonl from" in capsys.readouterr().out
     pretrained.main([*run, "--resume", "--export", str(tmp_path / "2")])
     ours, ids = trainer(folder, *flags).model, torch.randint(0, 48, (2, 9))

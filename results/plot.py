@@ -211,7 +211,7 @@ def mechanism(found, path):
              "weight_success": "mean weight of a success (q, or |u|)"}
     figure, [axes] = panels(1, len(shown), (4.4 * len(shown), 3.6))
     for axis, (key, name) in zip(axes, shown.items()):
-        curves = {r["algo"]: over_episodes(r, key) for r in found}
+        curves = {r["algo"]: points for r in found if (points := over_episodes(r, key))}
         draw(axis, curves, floor=1e-5 * (key == "gradient_norm"))
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("episode")

@@ -11,7 +11,6 @@ per group, and smollm2_tune.jsonl and smollm2.jsonl, a line per run; what is the
 Learning on a task of our own is a study of ../llm/compare.py: aloud.
 """
 import json
-import math
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -137,7 +136,8 @@ def table():
 if __name__ == "__main__":
     commands = {"spread": spread, "smol": smol, "run": run, "table": table}
     name, *arguments = sys.argv[1:] or [""]
-    if len(arguments) < {"spread": 2, "smol": 1, "run": 1, "table": 0}.get(name, math.inf):
+    fitting = {"spread": [2], "smol": [1], "run": range(1, 99), "table": [0]}
+    if len(arguments) not in fitting.get(name, ()):
         raise SystemExit(f"long.py {' '.join(sys.argv[1:])}: allowed are spread MODEL GSM8K, "
                          "smol MODEL, run MODEL FLAGS, table")
     commands[name](*arguments)

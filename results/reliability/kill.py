@@ -29,7 +29,7 @@ import torch
 SCRIPT = Path(__file__).parents[2] / "llm_rlvr.py"
 SMALL = ("--width 64 --layers 1 --heads 2 --kv-heads 1 --prompts 8 --candidates 8 --steps 80 "
          "--eval-every 2 --warm-steps 30 --device cpu").split()
-TIMES = {"seconds", "sample_seconds", "train_seconds", "sample_tok_s", "train_tok_s", "gpu_peak_mb"}
+TIMES = {"seconds", "sample_seconds", "train_seconds", "sample_tok_s", "train_tok_s", "peak_mb"}
 
 
 def start(folder, **how):
