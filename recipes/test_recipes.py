@@ -167,8 +167,8 @@ def test_run_resume_and_export_to_transformers(extra, tmp_path, capsys):
     for name in mine | stale:
         (tmp_path / "1" / name).write_text("{}")
     pretrained.main([*run, "--export", str(tmp_path / "1")])
-    assert mine <= {*os.listdir(tmp_path / "1")} and not stale & {*os.listdir(tmp_path / "1")}
-    assert not list(tmp_path.glob("1/*index*"))
+    found = {path.name for path in tmp_path.glob("1/*")}
+    assert mine <= found and not found & stale and "index" not in "".join(found)
     assert "took jsonl from" in capsys.readouterr().out
     pretrained.main([*run, "--resume", "--export", str(tmp_path / "2")])
     ours, ids = trainer(folder, *flags).model, torch.randint(0, 48, (2, 9))
