@@ -610,10 +610,8 @@ class GPT(nn.Module):
 
 class Muon(torch.optim.Optimizer):
     """Each matrix moves along its momentum, made nearly orthogonal by five Newton-Schulz steps:
-    by lr sqrt(max(1, rows / columns)) (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-
-    In fp32 on purpose: torch.optim.Muon's bf16 is far slower on CPUs that lack it.
-    """
+    by lr sqrt(max(1, rows / columns)) (Jordan et al. 2024, kellerjordan.github.io/posts/muon). In
+    fp32 on purpose: torch.optim.Muon's bf16 is far slower on CPUs that lack it."""
     @torch.no_grad()
     def step(self):
         for p in self.param_groups[0]["params"]:
@@ -773,10 +771,8 @@ def eval_items(task, split, n):
 
 
 class Vocabulary:
-    """Tokens: the pieces of 2,000 puzzles and guesses of a task, and the end token, the last id.
-
-    A piece is a word with the space before it, or any other single character.
-    """
+    """Tokens: the pieces of 2,000 puzzles and guesses of a task, and the end token, the last id. A
+    piece is a word with the space before it, or any other single character."""
     piece = r" ?[A-Za-z-]+|[\s\S]"
 
     def __init__(self, task):
