@@ -328,7 +328,7 @@ class Trainer:
         else:
             for file in files:                  # a run killed early would resume an older one
                 file.unlink()
-                print(f"deleted {file}; --resume would have gone on")
+                print(f"deleted {file}, from which --resume could have gone on")
             self.warm_start()
         print(f"{c.algo}: {self.params:,} parameters, {self.vocabulary.size} tokens, "
               f"{self.device}; e.g. {self.eval_items[0][0][:200]!r}")
@@ -885,14 +885,14 @@ def parse(argv, trainer):
         fail(f"{unknown[0]} is not a flag; the flags are {' '.join(flags)}")
     given = vars(given)                                         # only those on the command line
     task = trainer.find_task(trainer.Config(**given))
-    configs = []
+    configs, taken = [], {name for method in METHODS.values() for name in method.takes}
     for algo in dict.fromkeys(given.pop("algo", trainer.Config.algo).split(",")):
         if algo not in METHODS:
             fail(f"--algo {algo}: allowed are {', '.join(METHODS)}")
         defaults = trainer.tuned.get(algo, {}) | getattr(task, "defaults", {})
         configs.append(trainer.Config(**defaults | given, algo=algo))
         validate(configs[-1])
-        if idle := {"eta", "clip", "beta", "anchor"} & (given.keys() - METHODS[algo].takes):
+        if idle := given.keys() & taken - {*METHODS[algo].takes}:
             print(f"the loss of {algo} takes no {', '.join(map(flag_name, sorted(idle)))}")
     return configs
 

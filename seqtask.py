@@ -624,7 +624,7 @@ def values(cfg, name):
                "reward": ("bag", "sequential", "terminal"),
                "device": ["cpu"] + ["cuda"] * torch.cuda.is_available()}.get(name)
     low = {"eta": 1e-6, "lr": 1e-12}.get(name, 1)
-    kind = str if allowed else int if low == 1 else float
+    kind = str if allowed else type(low)
     try:
         lone = name in ("preset", "device")             # these take no comma list
         entries = [kind(x) for x in ([given] if lone else str(given).split(","))]

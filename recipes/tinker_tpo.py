@@ -19,10 +19,10 @@ Two ways take the slopes back, and both are meant to be the gradient of -sum_t w
     custom      the SDK's forward_backward_custom: loss "cross_entropy", weights w = -dL/dlogp
     importance  loss "importance_sampling" at ratio 1: weights 1/T, advantages T w, T tokens
 SkyRL 0.3.0's JAX backend divides a sequence's loss by max(sum of its weights, 1e-9): custom counts
-a completion that loses probability 1e9 times. Weights 1/T
-add up to 1, with or without that division: importance is right, and the default. --check tells:
-with betas 0 and a huge eps Adam is SGD, which lowers the loss by rate * |gradient|^2 * N (the
-engine averages over N sequences) or * 1 (it adds). It takes custom if that holds, else importance.
+a completion that loses probability 1e9 times. Weights 1/T add up to 1, with or without that
+division: importance is right, and the default. --check tells: with betas 0 and a huge eps Adam is
+SGD, which lowers the loss by rate * |gradient|^2 * N (the engine averages over N sequences) or * 1
+(it adds). It takes custom if that holds, else importance.
 
 jax       FLAGS {"train_micro_batch_size": K}: groups left out then compile nothing anew.
 fsdp      not run. {"trainer.placement.policy_num_gpus_per_node": 8,
